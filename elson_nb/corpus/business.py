@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 from .finance import annuity_present_value, cents, require
 
-# %% ../../nbs/1_corpus/04b_business.ipynb #29536750
+# %% ../../nbs/1_corpus/04b_business.ipynb #a06156f2
 def straight_line(cost: float, salvage: float, life: int) -> float:
-    "Yearly depreciation (cost - salvage)/life, dollars to the cent (ASC 360-10-35-4). `ValueError` if life < 1."
+    """Yearly depreciation (cost - salvage)/life, dollars to the cent (ASC 360-10-35-4). `ValueError` if
+    life < 1."""
     require(life >= 1 and 0 <= salvage <= cost, "life must be at least 1 year and salvage between 0 and cost")
     return cents((cost - salvage) / life)
 
@@ -26,8 +27,11 @@ def double_declining(
     life: int,  # years
     year: int,  # 1 is the first
 ) -> float:  # depreciation of that year, dollars to the cent
-    "Declining balance at 2/life of book value, never below salvage; no switch to straight line. `ValueError` off range."
-    require(1 <= year <= life and 0 <= salvage <= cost, f"year must lie between 1 and {life}, salvage within cost")
+    """Declining balance at 2/life of book value, never below salvage; no switch to straight line.
+    `ValueError` off range."""
+    require(
+        1 <= year <= life and 0 <= salvage <= cost, f"year must lie between 1 and {life}, salvage within cost"
+    )
     book = cost
     for _ in range(year):
         charge = cents(max(0.0, min(book * 2 / life, book - salvage)))
@@ -36,16 +40,18 @@ def double_declining(
 
 
 def units_of_production(cost: float, salvage: float, capacity: float, units: float) -> float:
-    "Depreciation by use: (cost - salvage) x units/capacity, dollars to the cent. `ValueError` if units > capacity."
+    """Depreciation by use: (cost - salvage) x units/capacity, dollars to the cent. `ValueError` if units
+    > capacity."""
     require(0 <= units <= capacity and capacity > 0, "units must lie between 0 and the capacity")
     return cents((cost - salvage) * units / capacity)
 
-
+# %% ../../nbs/1_corpus/04b_business.ipynb #dac92f47
 def fifo_cost(
     layers: Sequence[Sequence[float]],  # (units, unit cost) in order of purchase
     sold: float,  # units
 ) -> float:  # cost of goods sold, dollars to the cent
-    "First-in first-out (ASC 330-10-30-9). For LIFO give the layers newest first. `ValueError` if too few units."
+    """First-in first-out (ASC 330-10-30-9). For LIFO give the layers newest first. `ValueError` if too
+    few units."""
     require(0 <= sold <= sum(units for units, _ in layers), "more units were sold than the layers hold")
     cost = 0.0
     for units, unit_cost in layers:
@@ -60,7 +66,7 @@ def average_unit_cost(layers: Sequence[Sequence[float]]) -> float:
     require(units > 0, "the layers hold no unit")
     return sum(count * cost for count, cost in layers) / units
 
-# %% ../../nbs/1_corpus/04b_business.ipynb #3ceacc3c
+# %% ../../nbs/1_corpus/04b_business.ipynb #31ba9301
 def current_ratio(current_assets: float, current_liabilities: float) -> float:
     "Current assets / current liabilities, not rounded. `ValueError` without liabilities."
     require(current_liabilities > 0, "current liabilities must be positive")
@@ -68,12 +74,14 @@ def current_ratio(current_assets: float, current_liabilities: float) -> float:
 
 
 def quick_ratio(cash: float, securities: float, receivables: float, current_liabilities: float) -> float:
-    "(Cash + marketable securities + receivables) / current liabilities: inventory and prepaid items are left out."
+    """(Cash + marketable securities + receivables) / current liabilities: inventory and prepaid items
+    are left out."""
     return current_ratio(cash + securities + receivables, current_liabilities)
 
 
 def turnover(flow: float, opening: float, closing: float) -> float:
-    "Yearly flow / average balance (COGS for inventory, credit sales for receivables). `ValueError` if balance <= 0."
+    """Yearly flow / average balance (COGS for inventory, credit sales for receivables). `ValueError` if
+    balance <= 0."""
     require(opening + closing > 0, "the average balance must be positive")
     return flow / ((opening + closing) / 2)
 
@@ -84,18 +92,22 @@ def days_outstanding(flow: float, opening: float, closing: float) -> float:
 
 
 def dupont_roe(net_income: float, sales: float, assets: float, equity: float) -> float:
-    "Return on equity as margin x asset turnover x leverage, a fraction, not rounded. `ValueError` if one is <= 0."
+    """Return on equity as margin x asset turnover x leverage, a fraction, not rounded. `ValueError` if
+    one is <= 0."""
     require(min(sales, assets, equity) > 0, "sales, assets and equity must be positive")
     return (net_income / sales) * (sales / assets) * (assets / equity)
 
-
+# %% ../../nbs/1_corpus/04b_business.ipynb #3dafddc5
 def balanced_entry(
     lines: Sequence[Sequence],  # (account, debit, credit), dollars; one of the two is 0
 ) -> float:  # total of either side, dollars to the cent
-    "Check a journal entry and return its total. `ValueError` names the difference if debits and credits differ."
+    """Check a journal entry and return its total. `ValueError` names the difference if debits and
+    credits differ."""
     debit, credit = (cents(sum(line[side] for line in lines)) for side in (1, 2))
     require(all(min(line[1:]) == 0 for line in lines), "each line is either a debit or a credit")
-    require(debit == credit, f"debits {debit:,.2f} and credits {credit:,.2f} differ by {abs(debit - credit):,.2f}")
+    require(
+        debit == credit, f"debits {debit:,.2f} and credits {credit:,.2f} differ by {abs(debit - credit):,.2f}"
+    )
     return debit
 
 
@@ -106,11 +118,15 @@ def break_even_units(fixed: float, price: float, variable: float) -> int:
 
 
 def allocate_price(price: float, standalone: Sequence[float], item: int) -> float:
-    "Share of a contract price for one obligation by relative stand-alone price, to the cent (ASC 606-10-32-31)."
-    require(sum(standalone) > 0 and 0 <= item < len(standalone), "stand-alone prices must be positive and hold the item")
+    """Share of a contract price for one obligation by relative stand-alone price, to the cent (ASC
+    606-10-32-31)."""
+    require(
+        sum(standalone) > 0 and 0 <= item < len(standalone),
+        "stand-alone prices must be positive and hold the item",
+    )
     return cents(price * standalone[item] / sum(standalone))
 
-# %% ../../nbs/1_corpus/04b_business.ipynb #2cdb10ec
+# %% ../../nbs/1_corpus/04b_business.ipynb #c5d00b0a
 def coinsurance_payment(
     loss: float,  # dollars
     carried: float,  # limit of insurance bought, dollars
@@ -118,7 +134,8 @@ def coinsurance_payment(
     required_share: float = 0.8,  # coinsurance clause, a fraction
     deductible: float = 0.0,  # dollars, taken after the penalty
 ) -> float:  # dollars paid by the insurer, to the cent
-    "min(loss x min(1, carried/required) - deductible, carried), at least 0 (ISO CP 00 10). `ValueError` off range."
+    """min(loss x min(1, carried/required) - deductible, carried), at least 0 (ISO CP 00 10).
+    `ValueError` off range."""
     require(value > 0 and 0 < required_share <= 1, "value must be positive and the share between 0 and 1")
     share = min(1.0, carried / (required_share * value))
     return cents(max(0.0, min(loss * share - deductible, carried)))
@@ -134,11 +151,14 @@ def patient_share(
     return cents(min(maximum, min(charges, deductible) + coinsurance * max(0.0, charges - deductible)))
 
 
-def dime_need(debt: float, income: float, years: float, mortgage: float, education: float, assets: float = 0) -> float:
-    "Life cover by DIME: debts + income x years + mortgage + education, less liquid assets and cover; at least 0."
+def dime_need(
+    debt: float, income: float, years: float, mortgage: float, education: float, assets: float = 0
+) -> float:
+    """Life cover by DIME: debts + income x years + mortgage + education, less liquid assets and cover;
+    at least 0."""
     return cents(max(0.0, debt + income * years + mortgage + education - assets))
 
-
+# %% ../../nbs/1_corpus/04b_business.ipynb #597d3654
 def human_life_value(
     income: float,  # yearly after-tax income, dollars
     own_share: float,  # part that the insured consumes, a fraction
@@ -151,25 +171,29 @@ def human_life_value(
 
 
 def pro_rata_share(loss: float, limit: float, all_limits: float) -> float:
-    "One policy's part of a loss by limits, at most its limit, dollars to the cent. `ValueError` if limit > all."
+    """One policy's part of a loss by limits, at most its limit, dollars to the cent. `ValueError` if
+    limit > all."""
     require(0 < limit <= all_limits, "the limit must be positive and within the sum of all limits")
     return cents(min(limit, loss * limit / all_limits))
 
-# %% ../../nbs/1_corpus/04b_business.ipynb #f2ae9f7a
+# %% ../../nbs/1_corpus/04b_business.ipynb #bde05298
 def loss_ratio(losses: float, adjustment: float, earned: float) -> float:
-    "(Incurred losses + adjustment expense) / earned premium, a fraction, not rounded. `ValueError` if earned <= 0."
+    """(Incurred losses + adjustment expense) / earned premium, a fraction, not rounded. `ValueError` if
+    earned <= 0."""
     require(earned > 0, "earned premium must be positive")
     return (losses + adjustment) / earned
 
 
 def combined_ratio(losses: float, adjustment: float, earned: float, expenses: float, written: float) -> float:
-    "Trade-basis combined ratio: loss ratio + underwriting expenses / written premium, a fraction, not rounded."
+    """Trade-basis combined ratio: loss ratio + underwriting expenses / written premium, a fraction, not
+    rounded."""
     require(written > 0, "written premium must be positive")
     return loss_ratio(losses, adjustment, earned) + expenses / written
 
 
 def gross_premium(pure: float, fixed: float, variable_share: float, profit_share: float) -> float:
-    "Rate = (pure premium + fixed expense)/(1 - variable - profit), dollars to the cent (Werner & Modlin, ch. 8)."
+    """Rate = (pure premium + fixed expense)/(1 - variable - profit), dollars to the cent (Werner &
+    Modlin, ch. 8)."""
     require(variable_share + profit_share < 1, "variable expense and profit must leave something for losses")
     return cents((pure + fixed) / (1 - variable_share - profit_share))
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FIELDS', 'TIERS', 'ALIASES', 'record_id', 'tier_of', 'BadRecord', 'make_record', 'atomic_text', 'json_line',
            'write_jsonl', 'read_jsonl', 'as_text', 'fields_by_name', 'small_fields', 'fields_by_turns', 'split_path',
-           'along', 'at_path', 'paths_in']
+           'along', 'at_path', 'nearest', 'paths_in']
 
-# %% ../../nbs/1_corpus/00_records.ipynb #c8af71d4
+# %% ../../nbs/1_corpus/00_records.ipynb #70686c17
 import hashlib
 import json
 import math
@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import date
 from decimal import Decimal
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TextIO
 from uuid import uuid4
@@ -168,9 +169,10 @@ def read_jsonl(
                 raise BadRecord(f"{path}:{number}: not an object but {type(record).__name__}")
             yield record
 
-# %% ../../nbs/1_corpus/00_records.ipynb #002a9d1a
+# %% ../../nbs/1_corpus/00_records.ipynb #d4ec4ca8
 def as_text(
     value: object,  # anything found in a JSON, CSV or Parquet cell
+    name: str = "value",  # what it is, for the error
 ) -> str:  # "" for nothing and for NaN
     "The value as a person would write it; raises `BadRecord` for an object or anything unknown."
     if value is None or isinstance(value, float) and math.isnan(value):
@@ -184,11 +186,11 @@ def as_text(
     if isinstance(value, date):  # a datetime is a date too
         return value.isoformat()
     if not isinstance(value, list | tuple):
-        raise BadRecord(f"not text but {type(value).__name__}")
+        raise BadRecord(f"{name} is not text but {type(value).__name__}")
     if any(isinstance(item, list | tuple) for item in value):
         rows = [item if isinstance(item, list | tuple) else [item] for item in value]
-        return "\n".join(" | ".join(map(as_text, row)) for row in rows)
-    return "; ".join(filter(None, map(as_text, value)))
+        return "\n".join(" | ".join(as_text(cell, name) for cell in row) for row in rows)
+    return "; ".join(filter(None, (as_text(item, name) for item in value)))
 
 # %% ../../nbs/1_corpus/00_records.ipynb #ea6e60c1
 ALIASES = {"instruction": ("instruction", "question", "prompt", "query"), "input": ("input", "context"),
@@ -210,14 +212,14 @@ def fields_by_name(
             used.add(key)
     return values, used
 
-# %% ../../nbs/1_corpus/00_records.ipynb #8e84b9c6
+# %% ../../nbs/1_corpus/00_records.ipynb #5be265d9
 def small_fields(
-    row: dict,  # a row of any file
+    row: object,  # a row of any file, or an element of one
     used: set,  # keys that are read otherwise
 ) -> dict:  # key -> text of at most 200 characters, number or flag; `id` as `source_id`
     "The fields of a row that are worth keeping in `meta`."
     kept = {}
-    for key, value in row.items():
+    for key, value in row.items() if isinstance(row, dict) else ():
         finite = not isinstance(value, float) or math.isfinite(value)
         small = isinstance(value, str | int | float) and finite and 0 < len(str(value)) <= 200
         if key and small and key not in used:
@@ -288,7 +290,7 @@ def _through(value: object, lists: tuple[str, ...], leaf: str) -> list:
     items = held if isinstance(held, list) else []
     return [found for item in items for found in _through(item, lists[1:], leaf)]
 
-# %% ../../nbs/1_corpus/00_records.ipynb #b1e0e08c
+# %% ../../nbs/1_corpus/00_records.ipynb #5542a71c
 def along(
     row: object,  # a row, or an element of one
     axis: tuple[str, ...],  # the lists to go through
@@ -321,11 +323,18 @@ def at_path(
         return None, None
     start = lists[0] if lists else leaf
     literal = isinstance(levels[depth], dict) and start in levels[depth]
-    try:
-        value = "\n".join(map(as_text, found)) if lists else found[0]
-    except BadRecord as error:
-        raise BadRecord(f"{path} is {error}") from None
+    value = "\n".join(as_text(item, path) for item in found) if lists else found[0]
     return value, (depth, start if literal else start.split(".")[0])
+
+
+def nearest(
+    name: str,  # what was asked for
+    names: Iterable[str],  # what there is
+) -> str:  # "did you mean output?", or a list of what there is
+    "A hint at the nearest of some names, or at all of them."
+    names = sorted(set(names))
+    near = get_close_matches(name, names, 1, 0.5)
+    return f"did you mean {near[0]}?" if near else f"there are: {', '.join(names[:20]) or 'none'}"
 
 
 def paths_in(

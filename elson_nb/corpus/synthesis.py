@@ -35,33 +35,46 @@ def apportion(
         parts[name] += 1
     return parts
 
-# %% ../../nbs/1_corpus/05_synthesis.ipynb #40494752
+# %% ../../nbs/1_corpus/05_synthesis.ipynb #7142b209
 def _figure_text(figure: dict) -> str:
     "One figure with its year and source."
     return f"{figure['label']}: {figure['value']} ({figure['year']}; {figure['source']})."
 
-
+# %% ../../nbs/1_corpus/05_synthesis.ipynb #a1edbc57
 def card_questions(
     card: Card,
     domain: Domain,
 ) -> Iterator[tuple[str, str, str]]:  # (tier, instruction, output)
     "Every question that a card answers."
     figures = " ".join(map(_figure_text, card.figures))
-    yield "easy", f"In {domain.title}, what does the term “{card.term}” mean?", f"{card.definition} {card.why}"
+    yield (
+        "easy",
+        f"In {domain.title}, what does the term “{card.term}” mean?",
+        f"{card.definition} {card.why}",
+    )
     for figure in card.figures:
         label, answer = figure["label"], f"{_figure_text(figure)} {card.rule}"
         yield "easy", f"What is the figure for {figure['year']} of the following: {label}?", answer
-    yield ("medium", f"Which rule governs {card.term}, and why does it matter in practice?",
-           f"{card.rule} {figures} {card.why}".replace("  ", " "))
-    yield ("medium", f"What do people often get wrong about {card.term}, and what is right?",
-           f"{card.mistake} {card.rule}")
+    yield (
+        "medium",
+        f"Which rule governs “{card.term}”, and why does it matter in practice?",
+        f"{card.rule} {figures} {card.why}".replace("  ", " "),
+    )
+    yield (
+        "medium",
+        f"What do people often get wrong about “{card.term}”, and what is right?",
+        f"{card.mistake} {card.rule}",
+    )
     others = {other.term: other for other in domain.cards}
     for term in card.related:
         if term in others:
-            yield ("medium", f"Explain to a client how {card.term} differs from {term}.",
-                   f"{card.definition} By contrast: {others[term].definition} {card.why}")
+            yield (
+                "medium",
+                f"Explain to a client how “{card.term}” differs from “{term}”.",
+                f"{card.definition} By contrast: {others[term].definition} {card.why}",
+            )
 
-# %% ../../nbs/1_corpus/05_synthesis.ipynb #953845cb
+# %% ../../nbs/1_corpus/05_synthesis.ipynb #025f575d
 def _filled(template: str, names: dict) -> str:
     "A template with its values, white space tidied line by line, and a minus sign before the dollar sign."
     lines = template.format(**names).replace("$-", "-$").strip().splitlines()
@@ -81,22 +94,34 @@ def tool_answer(
     family: Family,
     names: dict,  # the values that fill the templates
     tools: dict[str, dict],  # name -> tool with its JSON schema under `parameters`
-) -> str:  # one line of JSON: {"tool_calls": [{"name", "arguments"}]}, with a "plan" when the family has an answer
+) -> (
+    str
+):  # one line of JSON: {"tool_calls": [{"name", "arguments"}]}, with a "plan" when the family has an answer
     "The tool calls of a problem as JSON."
-    calls = [{"name": call["tool"], "arguments": {
-        key: _typed(value, tools[call["tool"]]["parameters"]["properties"].get(key, {}), names)
-        for key, value in call["arguments"].items()}} for call in family.calls]
+    calls = [
+        {
+            "name": call["tool"],
+            "arguments": {
+                key: _typed(value, tools[call["tool"]]["parameters"]["properties"].get(key, {}), names)
+                for key, value in call["arguments"].items()
+            },
+        }
+        for call in family.calls
+    ]
     plan = {"plan": _filled(family.answer, names)} if family.answer else {}
     return json.dumps({**plan, "tool_calls": calls}, ensure_ascii=False)
 
-
+# %% ../../nbs/1_corpus/05_synthesis.ipynb #26014a16
 def _tools_on_offer(family: Family, domain: Domain, rng: random.Random) -> str:
     "The tools of a problem and three others, in alphabetical order, with their arguments."
     needed = {call["tool"] for call in family.calls}
     others = sorted(tool["name"] for tool in domain.tools if tool["name"] not in needed)
     offered = needed | set(rng.sample(others, min(3, len(others))))
-    return "Tools: " + ", ".join(f"{tool['name']}({', '.join(tool['parameters']['properties'])})"
-                                 for tool in sorted(domain.tools, key=lambda t: t["name"]) if tool["name"] in offered)
+    return "Tools: " + ", ".join(
+        f"{tool['name']}({', '.join(tool['parameters']['properties'])})"
+        for tool in sorted(domain.tools, key=lambda t: t["name"])
+        if tool["name"] in offered
+    )
 
 
 def family_problem(
@@ -113,40 +138,64 @@ def family_problem(
         return instruction, given, tool_answer(family, names, {t["name"]: t for t in domain.tools}), drawn
     return instruction, given, _filled(family.answer, names), drawn
 
-# %% ../../nbs/1_corpus/05_synthesis.ipynb #6c405008
+# %% ../../nbs/1_corpus/05_synthesis.ipynb #f6fac527
 def _from_family(family: Family, domain: Domain, seed: int, seen: set) -> Iterator[dict]:
     "New problems of one family, until 200 draws in a row bring nothing new."
-    rng, misses, name = random.Random(f"{seed}/{domain.domain}/{family.name}"), 0, f"{domain.domain}/{family.name}"
-    source = "elson_tools" if domain.tools else "elson_cases" if family.tier == TIERS[-1] else "elson_problems"
+    rng, misses, name = (
+        random.Random(f"{seed}/{domain.domain}/{family.name}"),
+        0,
+        f"{domain.domain}/{family.name}",
+    )
+    source = (
+        "elson_tools" if domain.tools else "elson_cases" if family.tier == TIERS[-1] else "elson_problems"
+    )
     while misses < 200:
         instruction, given, output, drawn = family_problem(family, domain, rng)
         misses += 1
         if (instruction, given) not in seen:
             seen.add((instruction, given))
             misses = 0
-            yield make_record(instruction, output, given, domain=domain.domain, difficulty=family.tier,
-                              source=source, meta={"family": name, "parameters": drawn, "seed": seed})
+            yield make_record(
+                instruction,
+                output,
+                given,
+                domain=domain.domain,
+                difficulty=family.tier,
+                source=source,
+                meta={"family": name, "parameters": drawn, "seed": seed},
+            )
 
-
+# %% ../../nbs/1_corpus/05_synthesis.ipynb #eb29f1e2
 def _from_cards(domain: Domain, tier: str, seed: int, seen: set) -> Iterator[dict]:
     "The card questions of a tier in an order that the seed decides."
-    questions = [(card, *question) for card in domain.cards for question in card_questions(card, domain)
-                 if question[0] == tier]
+    questions = [
+        (card, *question)
+        for card in domain.cards
+        for question in card_questions(card, domain)
+        if question[0] == tier
+    ]
     random.Random(f"{seed}/{domain.domain}/{tier}").shuffle(questions)
     for card, _, instruction, output in questions:
         if (instruction, "") not in seen:
             seen.add((instruction, ""))
-            yield make_record(instruction, output, domain=domain.domain, difficulty=tier, source="elson_cards",
-                              meta={"family": f"{domain.domain}/card/{card.term}", "term": card.term, "seed": seed})
+            yield make_record(
+                instruction,
+                output,
+                domain=domain.domain,
+                difficulty=tier,
+                source="elson_cards",
+                meta={"family": f"{domain.domain}/card/{card.term}", "term": card.term, "seed": seed},
+            )
 
-
+# %% ../../nbs/1_corpus/05_synthesis.ipynb #299f41be
 def stream(
     domain: Domain,
     tier: str,
     seed: int,
     seen: set,  # (instruction, input) of all records so far; grows
 ) -> Iterator[dict]:  # records without a category
-    "Records of one domain and tier: a card, then a problem of each family in turn, and again until all are empty."
+    """Records of one domain and tier: a card, then a problem of each family in turn, and again until all
+    are empty."""
     families = [_from_family(f, domain, seed, seen) for f in domain.families if f.tier == tier]
     cards, turn = _from_cards(domain, tier, seed, seen), 0
     while families or cards:
@@ -160,7 +209,7 @@ def stream(
         if record:
             yield record
 
-# %% ../../nbs/1_corpus/05_synthesis.ipynb #dc7b1e05
+# %% ../../nbs/1_corpus/05_synthesis.ipynb #099f3ff2
 def read_mix(
     knowledge: Path = KNOWLEDGE,
 ) -> dict[str, dict]:  # file name -> {"records": int, "parts": [{category, domain, weight}]}
@@ -177,11 +226,13 @@ def _take(streams: dict, part: dict, tier: str, count: int) -> Iterator[dict]:
     for number in range(count):
         record = next(streams[part["domain"], tier], None)
         if record is None:
-            raise KnowledgeError(f"{part['domain']}.yaml: tier {tier!r} has {count - number} records too few; widen "
-                                 "the ranges of its families or add a family")
+            raise KnowledgeError(
+                f"{part['domain']}.yaml: tier {tier!r} has {count - number} records too few; widen "
+                "the ranges of its families or add a family"
+            )
         yield record | {"category": part["category"]}
 
-
+# %% ../../nbs/1_corpus/05_synthesis.ipynb #ce1e8424
 def build_files(
     seed: int = 42,
     scale: float = 0.05,  # share of the full corpus, above 0 and at most 1
@@ -191,20 +242,30 @@ def build_files(
     if not 0 < scale <= 1:
         raise ValueError(f"scale must be above 0 and at most 1, not {scale}")
     domains, mix, seen, files = read_knowledge(knowledge), read_mix(knowledge), set(), {}
-    streams = {(name, tier): stream(domain, tier, seed, seen) for name, domain in domains.items() for tier in TIERS}
+    streams = {
+        (name, tier): stream(domain, tier, seed, seen) for name, domain in domains.items() for tier in TIERS
+    }
     for file, wanted in mix.items():
         parts = {f"{part['category']}/{part['domain']}": part for part in wanted["parts"]}
         if unknown := [part["domain"] for part in parts.values() if part["domain"] not in domains]:
-            raise KnowledgeError(f"mix.yaml: {file}: domain {unknown[0]!r} has no knowledge file; "
-                                 f"use one of {', '.join(domains)}")
-        counts = apportion(round(scale * wanted["records"]), {name: part["weight"] for name, part in parts.items()})
-        records = [record for name, count in counts.items() for tier, n in apportion(count, SHARES).items()
-                   for record in _take(streams, parts[name], tier, n)]
+            raise KnowledgeError(
+                f"mix.yaml: {file}: domain {unknown[0]!r} has no knowledge file; "
+                f"use one of {', '.join(domains)}"
+            )
+        counts = apportion(
+            round(scale * wanted["records"]), {name: part["weight"] for name, part in parts.items()}
+        )
+        records = [
+            record
+            for name, count in counts.items()
+            for tier, n in apportion(count, SHARES).items()
+            for record in _take(streams, parts[name], tier, n)
+        ]
         random.Random(f"{seed}/{file}").shuffle(records)
         files[file] = records
     return files
 
-
+# %% ../../nbs/1_corpus/05_synthesis.ipynb #6fe9ecb3
 def build_records(
     seed: int = 42,
     scale: float = 0.05,  # share of the full corpus, above 0 and at most 1

@@ -15,8 +15,9 @@ from math import inf
 
 from .finance import cents, require
 
-# %% ../../nbs/1_corpus/04a_tax.ipynb #55d76035
+# %% ../../nbs/1_corpus/04a_tax.ipynb #0d66eacb
 TAX_YEAR = 2025
+# fmt: off
 RATES = (0.10, 0.12, 0.22, 0.24, 0.32, 0.35, 0.37)
 BRACKETS = {  # upper ends of the brackets below 37%, Rev. Proc. 2024-40 sec. 2.01
     "single": (11_925, 48_475, 103_350, 197_300, 250_525, 626_350),
@@ -24,8 +25,8 @@ BRACKETS = {  # upper ends of the brackets below 37%, Rev. Proc. 2024-40 sec. 2.
     "head": (17_000, 64_850, 103_350, 197_300, 250_500, 626_350),
     "separate": (11_925, 48_475, 103_350, 197_300, 250_525, 375_800),
 }
-STANDARD = {"single": 15_750, "joint": 31_500, "head": 23_625, "separate": 15_750}  # IRC 63(c), Pub. L. 119-21
-AGED = {"single": 2_000, "joint": 1_600, "head": 2_000, "separate": 1_600}  # each person of 65 or more, IRC 63(f)
+STANDARD = {"single": 15_750, "joint": 31_500, "head": 23_625, "separate": 15_750}  # IRC 63(c)
+AGED = {"single": 2_000, "joint": 1_600, "head": 2_000, "separate": 1_600}  # each aged 65+, IRC 63(f)
 GAINS = {  # tops of the 0% and 15% zones, Rev. Proc. 2024-40 sec. 2.03
     "single": (48_350, 533_400), "joint": (96_700, 600_050),
     "head": (64_750, 566_700), "separate": (48_350, 300_000),
@@ -37,11 +38,14 @@ DEFERRAL, CATCH_UP, SUPER_CATCH_UP = 23_500, 7_500, 11_250  # Notice 2024-80; th
 IRA_LIMIT, IRA_CATCH_UP = 7_000, 1_000  # Notice 2024-80
 ROTH_PHASE = {"single": (150_000, 165_000), "joint": (236_000, 246_000), "head": (150_000, 165_000),
               "separate": (0, 10_000)}  # Notice 2024-80
-GIFT_EXCLUSION, ESTATE_EXCLUSION, TOP_TRANSFER_RATE = 19_000, 13_990_000, 0.40  # Rev. Proc. 2024-40; IRC 2001(c)
+GIFT_EXCLUSION, ESTATE_EXCLUSION = 19_000, 13_990_000  # Rev. Proc. 2024-40
+TOP_TRANSFER_RATE = 0.40  # IRC 2001(c)
 UNIFORM_LIFETIME = dict(enumerate((  # IRS Pub. 590-B, App. B, Table III, from age 72
-    27.4, 26.5, 25.5, 24.6, 23.7, 22.9, 22.0, 21.1, 20.2, 19.4, 18.5, 17.7, 16.8, 16.0, 15.2, 14.4, 13.7, 12.9, 12.2,
-    11.5, 10.8, 10.1, 9.5, 8.9, 8.4, 7.8, 7.3, 6.8, 6.4, 6.0, 5.6, 5.2, 4.9, 4.6, 4.3, 4.1, 3.9, 3.7, 3.5, 3.4, 3.3,
-    3.1, 3.0, 2.9, 2.8, 2.7, 2.5, 2.3, 2.0), start=72))
+    27.4, 26.5, 25.5, 24.6, 23.7, 22.9, 22.0, 21.1, 20.2, 19.4, 18.5, 17.7, 16.8, 16.0, 15.2, 14.4, 13.7,
+    12.9, 12.2, 11.5, 10.8, 10.1, 9.5, 8.9, 8.4, 7.8, 7.3, 6.8, 6.4, 6.0, 5.6, 5.2, 4.9, 4.6, 4.3, 4.1,
+    3.9, 3.7, 3.5, 3.4, 3.3, 3.1, 3.0, 2.9, 2.8, 2.7, 2.5, 2.3, 2.0,
+), start=72))
+# fmt: on
 
 
 def _status(status: str) -> str:
@@ -49,12 +53,13 @@ def _status(status: str) -> str:
     require(status in BRACKETS, f"filing status {status!r} is unknown; use one of {', '.join(BRACKETS)}")
     return status
 
-# %% ../../nbs/1_corpus/04a_tax.ipynb #ecb7c8f3
+# %% ../../nbs/1_corpus/04a_tax.ipynb #bf449d8a
 def income_tax(
     taxable: float,  # taxable ordinary income, dollars
     status: str = "single",  # single, joint, head or separate
 ) -> float:  # dollars, to the cent
-    "2025 federal tax by the rate schedules (Rev. Proc. 2024-40 sec. 2.01). `ValueError` for an unknown status."
+    """2025 federal tax by the rate schedules (Rev. Proc. 2024-40 sec. 2.01). `ValueError` for an unknown
+    status."""
     tops, lower, tax = (*BRACKETS[_status(status)], inf), 0.0, 0.0
     for rate, top in zip(RATES, tops, strict=True):
         tax += rate * max(0.0, min(taxable, top) - lower)
@@ -66,7 +71,8 @@ def marginal_rate(
     taxable: float,  # taxable ordinary income, dollars
     status: str = "single",
 ) -> float:  # rate on the next dollar, a fraction
-    "Rate on one more dollar of ordinary income; a dollar exactly at a bracket's top is taxed at the next rate."
+    """Rate on one more dollar of ordinary income; a dollar exactly at a bracket's top is taxed at the
+    next rate."""
     return RATES[sum(taxable >= top for top in BRACKETS[_status(status)])]
 
 
@@ -78,13 +84,14 @@ def standard_deduction(
     require(aged >= 0, "the number of aged or blind filers cannot be negative")
     return STANDARD[_status(status)] + aged * AGED[status]
 
-
+# %% ../../nbs/1_corpus/04a_tax.ipynb #ceb190f8
 def salt_deduction(
     paid: float,  # state and local taxes paid, dollars
     magi: float,  # modified adjusted gross income, dollars
     status: str = "single",
 ) -> float:  # deductible dollars
-    "Deductible state and local tax: capped at $40,000, less 30% of MAGI above $500,000, never capped below $10,000."
+    """Deductible state and local tax: capped at $40,000, less 30% of MAGI above $500,000, never capped
+    below $10,000."""
     share = 0.5 if _status(status) == "separate" else 1.0
     cap = max(SALT_FLOOR * share, SALT_CAP * share - 0.30 * max(0.0, magi - SALT_PHASE * share))
     return cents(min(paid, cap))
@@ -98,17 +105,23 @@ def itemized_deduction(
     medical: float = 0.0,  # counts above 7.5% of AGI
     status: str = "single",
 ) -> float:  # dollars, to the cent
-    "Schedule A for 2025: SALT within its cap, interest, gifts, medical above the floor (IRC 163, 164, 170, 213)."
-    return cents(salt_deduction(salt, agi, status) + mortgage_interest + min(gifts, 0.6 * agi)
-                 + max(0.0, medical - 0.075 * agi))
+    """Schedule A for 2025: SALT within its cap, interest, gifts, medical above the floor (IRC 163, 164,
+    170, 213)."""
+    return cents(
+        salt_deduction(salt, agi, status)
+        + mortgage_interest
+        + min(gifts, 0.6 * agi)
+        + max(0.0, medical - 0.075 * agi)
+    )
 
-
+# %% ../../nbs/1_corpus/04a_tax.ipynb #4c8b2969
 def capital_gains_tax(
     gain: float,  # net long-term gain and qualified dividends, dollars
     ordinary: float,  # taxable ordinary income after deductions, dollars
     status: str = "single",
 ) -> float:  # dollars, to the cent
-    "2025 tax on long-term gains stacked on ordinary income: 0%, 15%, 20% (IRC 1(h)); without NIIT and 25/28% gains."
+    """2025 tax on long-term gains stacked on ordinary income: 0%, 15%, 20% (IRC 1(h)); without NIIT and
+    25/28% gains."""
     lower, tax = ordinary, 0.0
     for rate, top in zip((0.0, 0.15, 0.20), (*GAINS[_status(status)], inf), strict=True):
         upper = min(ordinary + gain, top)
@@ -130,12 +143,13 @@ def self_employment_tax(
     profit: float,  # net profit of Schedule C, dollars
     wages: float = 0.0,  # wages already under Social Security, dollars
 ) -> float:  # dollars, to the cent
-    "2025 SE tax: 12.4% up to the wage base and 2.9% on 92.35% of profit (IRC 1401, 1402); 0 below $400 of earnings."
+    """2025 SE tax: 12.4% up to the wage base and 2.9% on 92.35% of profit (IRC 1401, 1402); 0 below $400
+    of earnings."""
     earnings = 0.9235 * profit
     social = min(earnings, max(0.0, WAGE_BASE - wages))
     return cents(0.124 * social + 0.029 * earnings) if earnings >= 400 else 0.0
 
-# %% ../../nbs/1_corpus/04a_tax.ipynb #c0b4acd5
+# %% ../../nbs/1_corpus/04a_tax.ipynb #e06f9c58
 def required_distribution(
     balance: float,  # account balance on the previous 31 December, dollars
     age: int,  # age reached in the distribution year, 73 or more
@@ -174,7 +188,7 @@ def roth_limit(
     reduced = full * (high - magi) / (high - low)
     return float(max(200, -(-reduced // 10) * 10))
 
-
+# %% ../../nbs/1_corpus/04a_tax.ipynb #45fb254e
 def social_security_benefit(
     full_benefit: float,  # monthly benefit at full retirement age, dollars
     age_months: int,  # age at claiming, in months, from 62 to 70 years
@@ -186,7 +200,7 @@ def social_security_benefit(
     factor = 1 + gap * 2 / 300 if gap >= 0 else 1 - min(-gap, 36) * 5 / 900 - max(-gap - 36, 0) * 5 / 1200
     return float(int(full_benefit * factor + 1e-9))
 
-# %% ../../nbs/1_corpus/04a_tax.ipynb #a74f509a
+# %% ../../nbs/1_corpus/04a_tax.ipynb #09efec75
 def taxable_gifts(
     gifts: list[float],  # present-interest gifts of the year, dollars, one for each donee
     split: bool = False,  # spouses elect to split: two exclusions for each donee (IRC 2513)
@@ -202,7 +216,8 @@ def estate_tax(
     ported: float = 0.0,  # exclusion of a spouse who died before (portability), dollars
     exclusion: float = ESTATE_EXCLUSION,  # 2025: 13,990,000; 2026: 15,000,000 (Pub. L. 119-21)
 ) -> float:  # dollars, to the cent
-    "Federal estate tax: 40% above the exclusion, the graduated part being absorbed by the credit (IRC 2001, 2010)."
+    """Federal estate tax: 40% above the exclusion, the graduated part being absorbed by the credit (IRC
+    2001, 2010)."""
     require(min(gross, deductions, adjusted_gifts, ported) >= 0, "estate amounts cannot be negative")
     base = max(0.0, gross - deductions) + adjusted_gifts
     return cents(TOP_TRANSFER_RATE * max(0.0, base - exclusion - ported))

@@ -6,8 +6,7 @@
 __all__ = ['model_cache', 'locate_base', 'cached_from_hub', 'fetch_gguf', 'convert_gguf', 'quiet_libraries', 'make_random_base',
            'fetch_base', 'load_tokenizer', 'load_base']
 
-# %% ../../nbs/3_training/00_base.ipynb #931d4a82
-import logging
+# %% ../../nbs/3_training/00_base.ipynb #5fe2812a
 import os
 import subprocess
 import sys
@@ -18,9 +17,6 @@ from pathlib import Path
 
 from ..recipes import ModelConfig, Recipe
 from ..store import LocalStore, StoreError
-
-# It reports at import time that an optional CPU kernel is missing; nothing here uses it.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # %% ../../nbs/3_training/00_base.ipynb #88bb23d2
 def model_cache() -> LocalStore:

@@ -109,7 +109,7 @@ class StepReporter(TrainerCallback):
         if self.on_step:
             self.on_step(row)
 
-# %% ../../nbs/3_training/03_phase.ipynb #63411d4e
+# %% ../../nbs/3_training/03_phase.ipynb #76eacec6
 def encode_phase(records: list[dict], tokenizer, training: TrainingConfig) -> list[Example]:
     "Encode in order; a record over `max_length` is an error here, since the plan should have left it out."
     examples = [encode(r, tokenizer, training.prompt_template) for r in records]
@@ -146,10 +146,11 @@ def trainer_config(recipe: Recipe, phase: str, steps: int, folder: Path) -> SFTC
 
 @dataclass(frozen=True)
 class PhaseResult:
-    "What a phase hands over: the adapter's folder, a row per step, and totals."
+    "What a phase hands over: the adapter's folder, a row per step, totals, and the trained model in memory."
     adapter: Path
     steps: list[dict]
     totals: dict
+    model: object = None
 
 
 def train_phase(
@@ -159,6 +160,7 @@ def train_phase(
     adapter_in: Path | None,                         # adapter of the phase before; None starts a fresh one
     adapter_out: Path,                               # folder to write
     base: Path | None = None,                        # folder of the base model; None = find it by the recipe
+    loaded: tuple | None = None,                     # base model and tokenizer, where they are in memory already
     on_step: Callable[[dict], None] | None = None,   # called with a row after every optimiser step
     provenance: dict | None = None,                  # commit and data hashes, for training_metadata.json
 ) -> PhaseResult:
@@ -166,7 +168,7 @@ def train_phase(
     if not records:
         raise TrainingError(f"phase {phase} has no records; lower its mix or raise curriculum.target_records")
     disable_progress_bars()
-    model, tokenizer = load_base(recipe, base)
+    model, tokenizer = loaded or load_base(recipe, base)
     examples = encode_phase(records, tokenizer, recipe.training)
     model = attach_adapter(model, recipe, adapter_in)
     model.config.use_cache = False
@@ -184,7 +186,7 @@ def train_phase(
                 **(provenance or {})}
     folder = save_adapter(model, tokenizer, adapter_out, metadata, recipe.model.name)
     shutil.rmtree(work, ignore_errors=True)
-    return PhaseResult(folder, reporter.rows, totals)
+    return PhaseResult(folder, reporter.rows, totals, model)
 
 # %% ../../nbs/3_training/03_phase.ipynb #740c3e5f
 def peak_memory_gb() -> float:
