@@ -115,7 +115,7 @@ class CurriculumConfig:
               f"curriculum.shortfall is '{self.shortfall}'; use strict, nearest or undershoot")
         check(0 < self.corpus_scale <= 1, f"curriculum.corpus_scale is {self.corpus_scale}; it must be in (0, 1]")
 
-# %% ../nbs/00_recipes.ipynb #7ef9aae5
+# %% ../nbs/00_recipes.ipynb #c0d5548c
 PROMPT_TEMPLATE = "### Instruction:\n{question}\n\n### Response:\n"
 
 
@@ -160,7 +160,7 @@ class BudgetConfig:
     usd_per_hour: float = 0.0
     tokens_per_second: float = 100.0     # assumed training throughput, real tokens; compared with the measured one
     needs_gpu: bool = False
-    gpu_memory_gb: float = 0.0           # peak the run is expected to need
+    memory_gb: float = 1.0               # peak the run is expected to need: of the GPU where it needs one, else resident
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,293 @@
+"Properties of plan and sample over random stocks, mixes and targets."
+import json
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elson_nb.corpus.buckets import INDEX_SCHEMA, build_buckets, load_index
+from elson_nb.corpus.records import read_jsonl
+from elson_nb.corpus.taxonomy import high_risk_domains, load_taxonomy
+from elson_nb.curriculum.plan import ShortfallError, apportion, domain_cap, plan_phase
+from elson_nb.curriculum.sampling import SampleError, choose, hold_out, sample_phases, write_samples
+from elson_nb.recipes import PHASES, TIERS, CurriculumConfig, PhaseConfig, load_recipe
+
+HIGH_RISK = frozenset(high_risk_domains())
+NORMAL = [name for name in load_taxonomy() if name not in HIGH_RISK]
+DOMAINS = [*sorted(HIGH_RISK)[:2], *NORMAL[:3], "unheard_of"]
+MANIFEST_KEYS = ["id", "position", "phase", "domain", "tier", "source", "tokens", "reason"]
+
+
+def make_index(stock: dict[tuple[str, str], int]) -> pl.DataFrame:
+    "An index with so many rows of each domain and tier; lengths of 10 to 99 tokens."
+    rows = [{"id": f"{domain}-{tier}-{n}", "domain": domain, "tier": tier, "category": domain,
+             "source": "a.json", "n_tokens": 10 + 7 * n % 90, "offset": 0, "domain_because": "", "tier_because": ""}
+            for (domain, tier), count in stock.items() for n in range(count)]
+    return pl.DataFrame(rows, schema=INDEX_SCHEMA)
+
+
+def counts_of(rows: pl.DataFrame, *columns: str) -> Counter:
+    return Counter(rows.select(columns).iter_rows())
+
+
+def cells_of(rows: pl.DataFrame) -> dict[tuple[str, str], set[str]]:
+    return {key: set(part["id"]) for key, part in rows.group_by("domain", "tier")}
+
+
+def stocks(most: int = 12):
+    "Records in each of a few cells, at least one record in all."
+    cells = st.tuples(st.sampled_from(DOMAINS), st.sampled_from(TIERS))
+    return st.dictionaries(cells, st.integers(0, most), min_size=1).filter(lambda stock: any(stock.values()))
+
+
+def shares(keys):
+    "Shares in whole parts, which sum to one."
+    parts = st.lists(st.integers(0, 10), min_size=len(keys), max_size=len(keys)).filter(any)
+    return parts.map(lambda part: {k: v / sum(part) for k, v in zip(keys, part, strict=True)})
+
+
+def configs(caps=(0.1, 0.15, 0.25, 0.5, 1.0), weights=(1.0, 1.5, 2.0, 4.0)):
+    return st.builds(PhaseConfig, st.just("any"), shares(TIERS), st.just(1.0), st.just("shuffled"),
+                     st.sampled_from(caps), st.sampled_from(weights))
+
+
+UNCAPPED = configs(caps=(1.0,))
+
+
+def over(*strategies):
+    "Run a test over examples, the same ones every time."
+    return lambda test: settings(derandomize=True, deadline=None, max_examples=80)(given(*strategies)(test))
+
+
+@over(st.integers(0, 20000), st.integers(1, 8).flatmap(lambda n: shares([f"k{i}" for i in range(n)])))
+def test_apportion_is_exact_and_within_one_of_each_share(total, parts):
+    counts = apportion(total, parts)
+    assert sum(counts.values()) == total
+    assert all(abs(counts[k] - total * share) < 1 for k, share in parts.items())
+
+
+@over(stocks(), configs(), st.integers(1, 80), st.sampled_from(["nearest", "undershoot"]), st.randoms())
+def test_a_plan_is_never_over_stock_target_or_cap(stock, config, target, shortfall, random):
+    index = make_index(stock)
+    seen = frozenset(i for i in index["id"] if random.random() < 0.3)
+    plan = plan_phase("B", config, target, index, seen, HIGH_RISK, shortfall)
+    assert all(plan.cell(*cell) <= n for cell, n in stock.items())
+    assert sum(plan.cell(*cell) for cell in stock) == plan.total <= target
+    domains = {d for (d, _), n in stock.items() if n}
+    cap, _ = domain_cap(config.max_domain_share, target, len(domains))
+    assert all(n <= cap for n in plan.domains().values())
+    if config.max_domain_share * len(domains) >= 1:  # the cap can hold
+        assert all(n <= max(1, config.max_domain_share * target + 1e-9) for n in plan.domains().values())
+    if shortfall == "undershoot":
+        assert all(plan.achieved[t] <= plan.asked[t] for t in TIERS)
+
+
+@over(stocks(), UNCAPPED, st.integers(1, 60), st.sampled_from(["strict", "nearest", "undershoot"]))
+def test_tier_totals_are_exact_when_the_stock_allows(stock, config, target, shortfall):
+    asked = apportion(target, {t: config.mix[t] for t in TIERS})
+    stock |= {(DOMAINS[n % 3], t): asked[t] for n, t in enumerate(TIERS)}
+    plan = plan_phase("A", config, target, make_index(stock), frozenset(), HIGH_RISK, shortfall)
+    assert plan.achieved == asked == plan.asked and plan.total == target and not plan.notes
+
+
+@over(stocks(), configs(), st.integers(1, 80))
+def test_nearest_fills_whatever_stock_and_cap_can_give(stock, config, target):
+    plan = plan_phase("A", config, target, make_index(stock), frozenset(), HIGH_RISK, "nearest")
+    per_domain = Counter()
+    for (domain, _), n in stock.items():
+        per_domain[domain] += n
+    cap, _ = domain_cap(config.max_domain_share, target, sum(n > 0 for n in per_domain.values()))
+    assert plan.total == min(target, sum(min(cap, n) for n in per_domain.values()))
+
+
+@over(stocks(), configs(), st.integers(1, 60))
+def test_strict_raises_exactly_when_something_is_short(stock, config, target):
+    index = make_index(stock)
+    make = lambda shortfall: plan_phase("A", config, target, index, frozenset(), HIGH_RISK, shortfall)
+    loose = make("undershoot")
+    short = [t for t in TIERS if loose.achieved[t] < loose.asked[t]]
+    if config.max_domain_share == 1:
+        assert short == [t for t in TIERS if loose.asked[t] > sum(n for (_, u), n in stock.items() if u == t)]
+    if short:
+        with pytest.raises(ShortfallError, match=f"phase A: ({'|'.join(short)}): asked"):
+            make("strict")
+    else:
+        assert make("strict") == loose
+
+
+@over(stocks(), configs(weights=(1.0,)), st.integers(1, 60), st.sampled_from([1.5, 2.0, 4.0]))
+def test_weight_never_lowers_the_share_of_high_risk(stock, config, target, weight):
+    index = make_index(stock)
+    risky = lambda config: sum(n for d, n in plan_phase("C", config, target, index, frozenset(), HIGH_RISK)
+                               .domains().items() if d in HIGH_RISK)
+    assert risky(replace(config, high_risk_weight=weight)) >= risky(config)
+
+
+def test_weight_is_the_ratio_of_records_when_there_is_plenty():
+    index = make_index({(d, t): 100 for d in DOMAINS for t in TIERS})
+    plan = plan_phase("C", load_recipe("h100").phases["C"], 80, index, frozenset(), HIGH_RISK)
+    assert {plan.domains()[d] for d in HIGH_RISK & set(DOMAINS)} == {20}
+    assert {plan.domains()[d] for d in set(DOMAINS) - HIGH_RISK} == {10}
+
+
+def draw(index, config, target, seed=7, order="shuffled", max_length=None):
+    phases = {"B": replace(config, order=order)}
+    return sample_phases(index, phases, "B", CurriculumConfig(target, seed=seed), max_length)["B"]
+
+
+@over(stocks(), configs(), st.integers(1, 40), st.sampled_from(["shuffled", "blocks"]), st.integers(0, 99))
+def test_the_order_of_the_index_does_not_matter(stock, config, target, order, seed):
+    index = make_index(stock)
+    shuffled = index.sample(fraction=1.0, shuffle=True, seed=seed)
+    first, second = (draw(i, config, target, seed, order) for i in (index, shuffled))
+    assert first.rows.equals(second.rows) and first.plan == second.plan
+    held = [hold_out(i, target, seed) for i in (index, shuffled)]
+    assert held[0].equals(held[1])
+
+
+@over(stocks(), configs(), st.integers(1, 40), st.integers(0, 40), st.integers(0, 99))
+def test_a_cell_gives_the_first_of_one_queue_whatever_the_target(stock, config, target, more, seed):
+    index = make_index(stock)
+    fewer, many = (cells_of(draw(index, config, n, seed).rows) for n in (target, target + more))
+    for cell in fewer.keys() & many.keys():
+        small, large = sorted((fewer[cell], many[cell]), key=len)
+        assert small <= large
+
+
+@over(stocks(), st.sampled_from(TIERS), st.integers(1, 40), st.integers(0, 40))
+def test_a_smaller_target_is_a_subset_of_a_larger_one(stock, tier, target, more):
+    stock |= {(DOMAINS[0], tier): 5}
+    config = PhaseConfig("one tier", {tier: 1.0}, 1.0)
+    small, large = (cells_of(draw(make_index(stock), config, n).rows) for n in (target, target + more))
+    assert all(ids <= large[cell] for cell, ids in small.items())
+
+
+def test_a_plan_is_as_even_as_possible():
+    index = make_index({(d, t): 50 for d in DOMAINS for t in TIERS} | {(DOMAINS[0], t): 1 for t in TIERS})
+    domains = plan_phase("A", load_recipe("h100").phases["A"], 104, index).domains()
+    assert domains.pop(DOMAINS[0]) == 4 and set(domains.values()) == {20}
+
+
+@over(stocks(25), st.integers(0, 60), st.integers(0, 99))
+def test_a_cell_never_gives_more_than_a_fifth_to_the_held_out_set(stock, count, seed):
+    index = make_index(stock)
+    held = hold_out(index, count, seed)
+    allowed = {cell: n // 5 for cell, n in stock.items()}
+    assert all(n <= allowed[cell] for cell, n in counts_of(held, "domain", "tier").items())
+    assert held.height == min(count, sum(allowed.values())) == held["id"].n_unique()
+    assert held.columns == index.columns
+
+
+@over(stocks(25), st.integers(1, 60), st.integers(1, 60), st.integers(0, 99))
+def test_no_phase_trains_on_the_held_out_set(stock, count, target, seed):
+    index = make_index(stock)
+    held = hold_out(index, count, seed)
+    rest = index.join(held, on="id", how="anti")
+    assert rest.height == index.height - held.height
+    phases = three_phases(PhaseConfig("even", dict.fromkeys(TIERS, 0.25), 1.0))
+    samples = sample_phases(rest, phases, "all", CurriculumConfig(target + len(PHASES), seed=seed))
+    assert not set(held["id"]) & {i for sample in samples.values() for i in sample.rows["id"]}
+
+
+def three_phases(config: PhaseConfig) -> dict[str, PhaseConfig]:
+    return {p: replace(config, share=s) for p, s in zip(PHASES, (0.25, 0.5, 0.25), strict=True)}
+
+
+@over(stocks(4), UNCAPPED, st.integers(4, 60), st.integers(0, 99))
+def test_phases_share_no_record_when_the_stock_suffices(stock, config, target, seed):
+    targets = apportion(target, {"A": 0.25, "B": 0.5, "C": 0.25})
+    asked = [apportion(n, config.mix) for n in targets.values()]
+    for n, tier in enumerate(TIERS):  # exactly enough in one cell, whatever the others hold
+        stock[DOMAINS[n], tier] = sum(a[tier] for a in asked)
+    curriculum = CurriculumConfig(target, seed=seed)
+    samples = sample_phases(make_index(stock), three_phases(config), "all", curriculum)
+    ids = [i for sample in samples.values() for i in sample.rows["id"]]
+    assert len(ids) == len(set(ids)) == target
+    assert {p: s.rows.height for p, s in samples.items()} == targets
+
+
+@over(stocks(6), configs(), st.integers(8, 60))
+def test_a_record_used_before_says_so(stock, config, target):
+    stock |= {(DOMAINS[2], TIERS[1]): 2}
+    samples = sample_phases(make_index(stock), three_phases(config), "all", CurriculumConfig(target))
+    seen = set()
+    for sample in samples.values():
+        assert sample.rows["id"].n_unique() == sample.rows.height == sample.plan.total
+        again = sample.rows.filter(pl.col("reason").str.ends_with(", used in an earlier phase"))
+        assert set(again["id"]) == set(sample.rows["id"]) & seen
+        assert counts_of(sample.rows, "domain", "tier") == {
+            (d, t): n for d, t in stock if (n := sample.plan.cell(d, t))}
+        seen |= set(sample.rows["id"])
+
+
+@over(stocks(), configs(), st.integers(1, 40))
+def test_blocks_are_one_domain_at_a_time_from_easy_to_hard(stock, config, target):
+    rows = draw(make_index(stock), config, target, order="blocks").rows
+    place = {name: n for n, name in enumerate([*load_taxonomy(), "unheard_of"])}
+    keys = [(place[d], TIERS.index(t)) for d, t in rows.select("domain", "tier").iter_rows()]
+    assert keys == sorted(keys)
+
+
+@over(stocks(), configs(), st.integers(1, 40), st.integers(10, 99))
+def test_longer_records_are_left_out(stock, config, target, max_length):
+    index = make_index(stock)
+    usable = index.filter(pl.col("n_tokens") <= max_length)
+    sample = draw(index, config, target, max_length=max_length)
+    assert sample.rows["n_tokens"].max() <= max_length
+    assert sample.rows.equals(draw(usable, config, target).rows)
+
+
+def test_an_index_of_long_records_alone_is_refused():
+    with pytest.raises(SampleError, match="within 9 tokens.*shortest has 10.*training.max_length"):
+        draw(make_index({(DOMAINS[0], "easy"): 3}), load_recipe("smoke").phases["B"], 3, max_length=9)
+
+
+def test_another_seed_draws_other_records():
+    index = make_index({(d, t): 30 for d in DOMAINS for t in TIERS})
+    config = load_recipe("smoke").phases["A"]
+    one, two = (draw(index, config, 60, seed) for seed in (1, 2))
+    assert one.plan == two.plan and set(one.rows["id"]) != set(two.rows["id"])
+
+
+def test_choose_takes_new_records_before_seen_ones():
+    index = make_index({(DOMAINS[0], "easy"): 10})
+    seen = frozenset(index["id"][:7])
+    plan = plan_phase("B", PhaseConfig("one tier", {"easy": 1.0}, 1.0), 5, index, seen)
+    chosen = choose(index, plan, seen, seed=1)
+    assert set(index["id"][7:]) < set(chosen["id"]) and chosen.height == 5
+
+
+@pytest.fixture(scope="module")
+def buckets():
+    "Buckets of 120 short records, read from a file as a person would bring it."
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "corpus.jsonl"
+        rows = [{"instruction": f"What is {n} plus {n}?", "output": f"It is {2 * n}. " * (n % 5 + 1),
+                 "domain": DOMAINS[n % 5], "difficulty": TIERS[n % 4]} for n in range(120)]
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert build_buckets([source], Path(folder) / "out")["records"] == 120
+        yield Path(folder) / "out"
+
+
+def test_manifest_and_merged_file_agree_line_by_line(buckets, tmp_path):
+    index, recipe = load_index(buckets), load_recipe("smoke")
+    samples = sample_phases(index, recipe.phases, "all", CurriculumConfig(60))
+    written = write_samples(samples, buckets, tmp_path, stamp="20260101_000000")
+    assert sorted(p.name for p in (tmp_path / "curriculum_runs").iterdir()) == sorted(
+        f"{kind}_phase{p}_20260101_000000.jsonl" for kind in ("manifest", "merged") for p in PHASES)
+    tokens = dict(index.select("id", "n_tokens").iter_rows())
+    for phase, info in written.items():
+        manifest, merged = (list(read_jsonl(info[kind])) for kind in ("manifest", "merged"))
+        assert all(list(line) == MANIFEST_KEYS for line in manifest)
+        assert [line["position"] for line in manifest] == list(range(info["records"]))
+        assert {line["phase"] for line in manifest} == {phase}
+        assert [line["id"] for line in manifest] == [record["id"] for record in merged]
+        cells = [(record["domain"], record["difficulty"]) for record in merged]
+        assert [(line["domain"], line["tier"]) for line in manifest] == cells
+        assert all(line["tokens"] == tokens[line["id"]] for line in manifest)
+        assert info["tokens"] == sum(line["tokens"] for line in manifest)
