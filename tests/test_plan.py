@@ -25,8 +25,9 @@ MANIFEST_KEYS = ["id", "position", "phase", "domain", "tier", "source", "tokens"
 
 def make_index(stock: dict[tuple[str, str], int]) -> pl.DataFrame:
     "An index with so many rows of each domain and tier; lengths of 10 to 99 tokens."
+    same = {"source": "a.json", "offset": 0, "domain_because": "", "tier_because": ""}
     rows = [{"id": f"{domain}-{tier}-{n}", "domain": domain, "tier": tier, "category": domain,
-             "source": "a.json", "n_tokens": 10 + 7 * n % 90, "offset": 0, "domain_because": "", "tier_because": ""}
+             "n_tokens": 10 + 7 * n % 90, **same}
             for (domain, tier), count in stock.items() for n in range(count)]
     return pl.DataFrame(rows, schema=INDEX_SCHEMA)
 

@@ -31,7 +31,8 @@ class UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         keys = Counter(key.value for key, _ in node.value)
         twice = [key for key, n in keys.items() if n > 1]
-        if twice: raise ValueError(f"named twice: {twice}")
+        if twice:
+            raise ValueError(f"named twice: {twice}")
         return super().construct_mapping(node, deep)
 
 

@@ -5,19 +5,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from elson_nb.recipes import PROMPT_TEMPLATE, load_recipe
+from elson_nb.recipes import load_recipe
 from elson_nb.release.merge import ReleaseError, merge_release
 from elson_nb.training.base import load_base, load_tokenizer, make_random_base
 from elson_nb.training.batches import Example, encode, example_losses
 from elson_nb.training.phase import TrainingError, tokens_per_step, train_phase
 
 END_OF_PROMPT = "### Response:\n"
-SETTINGS = ("training.num_train_epochs=1", "training.per_device_train_batch_size=4", "training.seed=42")
+SETTINGS = ("training.per_device_train_batch_size=4", "training.seed=42",
+            "training.threads=1")  # matrices this small are slower on two threads, much so on a busy machine
 
 
 def make_records(count: int, start: int = 0) -> list[dict]:
@@ -45,7 +46,8 @@ def smoke(*overrides: str):
 
 
 def train(base, out, *overrides, phase="A", records=None, adapter_in=None, **options):
-    return train_phase(smoke(*overrides), phase, records or make_records(12), adapter_in, out, base=base, **options)
+    records = records or make_records(12)
+    return train_phase(smoke(*overrides), phase, records, adapter_in, out, base=base, **options)
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +57,10 @@ def phase_a(base, tmp_path_factory):
 
 # the mask and the loss
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40).filter(lambda t: "#" not in t and "<|" not in t)
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="#|"), max_size=40)
 
 
-@settings(derandomize=True, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(derandomize=True, deadline=None, max_examples=60)
 @given(TEXT, TEXT, TEXT.filter(bool))
 def test_completion_mask_begins_where_the_decoded_prompt_ends(tokenizer, instruction, input, output):
     example = encode({"id": "x", "instruction": instruction, "input": input, "output": output}, tokenizer)
@@ -102,13 +104,13 @@ def watch_tokens(model) -> list[list[list[int]]]:
     return batches
 
 
-@pytest.mark.parametrize("accumulation, micro, epochs, count", [(1, 4, 1, 12), (1, 5, 2, 12), (3, 2, 2, 11)])
-def test_the_model_sees_the_records_in_their_order(base, tokenizer, tmp_path, accumulation, micro, epochs, count):
+@pytest.mark.parametrize("accumulation, micro, epochs", [(1, 4, 1), (1, 5, 2), (3, 2, 2)])
+def test_the_model_sees_the_records_in_their_order(base, tokenizer, tmp_path, accumulation, micro, epochs):
     model, _ = load_base(smoke(), base)
     batches, steps = watch_tokens(model), []
-    records = make_records(count)[::-1]  # neither by length nor by id
-    recipe = smoke(f"training.gradient_accumulation_steps={accumulation}", f"training.num_train_epochs={epochs}",
-                   f"training.per_device_train_batch_size={micro}")
+    records = make_records(11)[::-1]  # neither by length nor by id
+    recipe = smoke(f"training.gradient_accumulation_steps={accumulation}",
+                   f"training.num_train_epochs={epochs}", f"training.per_device_train_batch_size={micro}")
     result = train_phase(recipe, "B", records, None, tmp_path / "out", loaded=(model, tokenizer),
                          on_step=lambda row: steps.append(len(batches)))
     examples = [encode(r, tokenizer) for r in records]
@@ -127,7 +129,7 @@ def test_the_model_sees_the_records_in_their_order(base, tokenizer, tmp_path, ac
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 5), st.integers(1, 4), st.integers(1, 3))
+@given(st.lists(st.integers(1, 50), min_size=1), st.integers(1, 5), st.integers(1, 4), st.integers(1, 3))
 def test_tokens_per_step_counts_every_token_once_an_epoch(lengths, micro, accumulation, epochs):
     training = replace(smoke().training, per_device_train_batch_size=micro, num_train_epochs=epochs,
                        gradient_accumulation_steps=accumulation)
@@ -168,9 +170,10 @@ def batch_loss(model, tokenizer, records: list[dict]) -> float:
 def test_phase_b_begins_where_phase_a_ended(base, tokenizer, phase_a, tmp_path):
     records = make_records(8, start=50)
     phase_b = train(base, tmp_path / "B", phase="B", records=records, adapter_in=phase_a.adapter)
-    assert phase_b.steps[0]["loss"] == pytest.approx(batch_loss(phase_a.model, tokenizer, records[:4]), abs=1e-4)
+    first_loss, first_batch = phase_b.steps[0]["loss"], records[:4]
+    assert first_loss == pytest.approx(batch_loss(phase_a.model, tokenizer, first_batch), abs=1e-4)
     fresh, _ = load_base(smoke(), base)
-    assert abs(phase_b.steps[0]["loss"] - batch_loss(fresh, tokenizer, records[:4])) > 0.01, "A taught nothing"
+    assert abs(first_loss - batch_loss(fresh, tokenizer, first_batch)) > 0.01, "phase A taught nothing"
     assert weights(phase_b) != weights(phase_a)
 
 
@@ -199,34 +202,32 @@ def test_the_saved_adapter_is_the_model_in_memory_for_stock_peft(base, tokenizer
         assert (loaded(input_ids=torch.tensor([list(range(64))])).logits - untrained).abs().max() > 1e-2
 
 
-def break_loss_after(monkeypatch, calls: int, value: float) -> None:
-    "Multiply the hidden states by `value` from the given forward pass on, as an overflow would."
-    forward, count = LlamaForCausalLM.forward, iter(range(10**6))
-
-    def broken(self, *args, **kwargs):
-        out = forward(self, *args, **kwargs)
-        if next(count) >= calls:
-            out.loss, out.logits = out.loss * value if out.loss is not None else None, out.logits * value
-        return out
-
-    broken.__wrapped__ = forward  # the trainer reads the signature
-    monkeypatch.setattr(LlamaForCausalLM, "forward", broken)
+def breaking_base(base, tokenizer, calls: int, value: float) -> tuple:
+    "The base, its hidden states multiplied by `value` after so many batches, as an overflow would."
+    model, _ = load_base(smoke(), base)
+    batches = watch_tokens(model)
+    model.model.norm.register_forward_hook(lambda _, args, out: out * value if len(batches) > calls else None)
+    return model, tokenizer
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("calls", [0, 2])
-def test_a_loss_that_is_not_finite_stops_the_phase(base, tmp_path, monkeypatch, value, calls):
-    break_loss_after(monkeypatch, calls, value)
-    with pytest.raises(TrainingError, match=rf"loss is (nan|inf) at step {calls + 1}; lower training.learning_rate"):
-        train(base, tmp_path / "A")
+@pytest.mark.parametrize("calls", [0, 1])
+def test_a_loss_that_is_not_finite_stops_the_phase(base, tokenizer, tmp_path, value, calls):
+    expected = rf"loss is (nan|inf) at step {calls + 1}; lower training.learning_rate \(now 0.003\)"
+    with pytest.raises(TrainingError, match=expected):
+        train(base, tmp_path / "A", "training.learning_rate=0.003", "training.warmup_ratio=0",
+              "training.lr_scheduler_type=constant", loaded=breaking_base(base, tokenizer, calls, value))
     assert not (tmp_path / "A").exists()
 
 
-def test_the_rate_that_is_too_high_is_named(base, tmp_path, monkeypatch):
-    break_loss_after(monkeypatch, 1, float("nan"))
-    with pytest.raises(TrainingError, match=r"learning_rate \(now 0.003\)"):
-        train(base, tmp_path / "A", "training.learning_rate=0.003", "training.warmup_ratio=0",
-              "training.lr_scheduler_type=constant")
+def test_a_last_gradient_that_is_not_finite_stops_the_phase(base, tokenizer, tmp_path):
+    model, _ = load_base(smoke(), base)
+    batches = watch_tokens(model)
+    spoil = lambda gradient: gradient * float("nan") if len(batches) == 3 else None
+    model.model.norm.register_forward_hook(lambda _, args, out: out.register_hook(spoil) and None)
+    with pytest.raises(TrainingError, match="nan at step 3; lower training.learning_rate"):
+        train(base, tmp_path / "A", loaded=(model, tokenizer))
+    assert not (tmp_path / "A").exists()
 
 
 # the merge

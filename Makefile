@@ -1,0 +1,30 @@
+# `make run` and `make test` set up what they need; nothing but Python 3.11+, git and make is assumed.
+PYTHON ?= python3
+BIN := .venv/bin
+
+run: setup            ## a real session on the laptop recipe
+	$(BIN)/elson run --recipe laptop
+
+test: sync            ## sync check, notebook tests, pytest
+	$(BIN)/nbdev_test --n_workers 2 --do_print
+	$(BIN)/pytest
+
+setup: .venv/ready    ## .venv with the locked versions
+
+.venv/ready: requirements.lock settings.ini setup.py pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12 …')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+sync: setup           ## export notebooks and check that nothing was out of step
+	$(BIN)/python tests/check_sync.py
+
+lab: setup            ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab nbs
+
+bench: setup          ## benchmarks; figures go to benchmarks/results
+	$(BIN)/python benchmarks/plan_and_sample.py
+
+.PHONY: run test setup sync lab bench
