@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'PHASES', 'TIERS', 'METHODS', 'PROMPT_TEMPLATE', 'RecipeError', 'check', 'ModelConfig', 'AdapterConfig',
            'PhaseConfig', 'reference_phases', 'CurriculumConfig', 'TrainingConfig', 'EvaluationConfig', 'BudgetConfig',
-           'StoreConfig', 'Recipe', 'fits', 'unknown_key', 'build', 'build_phases', 'number', 'set_value',
+           'StoreConfig', 'Recipe', 'fits', 'number', 'unknown_key', 'build_phases', 'build', 'set_value',
            'recipe_names', 'load_recipe', 'save_recipe']
 
 # %% ../nbs/00_recipes.ipynb #2f5b47e8
@@ -36,61 +36,77 @@ def check(condition: bool, message: str) -> None:
     if not condition:
         raise RecipeError(message)
 
-# %% ../nbs/00_recipes.ipynb #53e491df
+# %% ../nbs/00_recipes.ipynb #6b7066bc
 @dataclass(frozen=True)
 class ModelConfig:
     name: str = "SmolLM2-135M-Instruct"  # folder name in the cache and in reports
-    hub_id: str | None = None            # owner/name on the model hub
-    wheel: str | None = None             # requirement of a package-index wheel that carries a GGUF of the model
-    path: str | None = None              # a local folder in Transformers layout; wins over all else
-    random_config: dict | None = None    # Llama configuration of a tiny random model, for tests
-    dtype: str = "float32"               # float32, bfloat16 or float16
-    quantization: str = "none"           # none or nf4
-    size_gb: float = 0.5                 # weights on disk, GB; the checklist compares it with the free space
-    parameters_millions: float = 134.5   # for the forecast
+    hub_id: str | None = None  # owner/name on the model hub
+    wheel: str | None = None  # requirement of a package-index wheel that carries a GGUF of the model
+    path: str | None = None  # a local folder in Transformers layout; wins over all else
+    random_config: dict | None = None  # Llama configuration of a tiny random model, for tests
+    dtype: str = "float32"  # float32, bfloat16 or float16
+    quantization: str = "none"  # none or nf4
+    size_gb: float = 0.5  # weights on disk, GB; the checklist compares it with the free space
+    parameters_millions: float = 134.5  # for the forecast
 
     def __post_init__(self):
-        check(self.dtype in ("float32", "bfloat16", "float16"),
-              f"model.dtype is '{self.dtype}'; use float32, bfloat16 or float16")
-        check(self.quantization in ("none", "nf4"), f"model.quantization is '{self.quantization}'; use none or nf4")
+        check(
+            self.dtype in ("float32", "bfloat16", "float16"),
+            f"model.dtype is '{self.dtype}'; use float32, bfloat16 or float16",
+        )
+        check(
+            self.quantization in ("none", "nf4"),
+            f"model.quantization is '{self.quantization}'; use none or nf4",
+        )
 
-
+# %% ../nbs/00_recipes.ipynb #a9bb6f55
 @dataclass(frozen=True)
 class AdapterConfig:
-    method: str = "dora"                 # dora, qdora (4-bit base), lora (for comparison; never released)
+    method: str = "dora"  # dora, qdora (4-bit base), lora (for comparison; never released)
     rank: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.0
     target_modules: str = "all-linear"
-    output_name: str = "elson-adapter"   # folder name under which the adapter is published
+    output_name: str = "elson-adapter"  # folder name under which the adapter is published
 
     def __post_init__(self):
         check(self.method in METHODS, f"adapter.method is '{self.method}'; use one of {', '.join(METHODS)}")
         check(self.rank > 0, f"adapter.rank is {self.rank}; it must be at least 1")
-        check(0 <= self.lora_dropout < 1, f"adapter.lora_dropout is {self.lora_dropout}; it must be in [0, 1)")
+        check(
+            0 <= self.lora_dropout < 1, f"adapter.lora_dropout is {self.lora_dropout}; it must be in [0, 1)"
+        )
 
-# %% ../nbs/00_recipes.ipynb #454e729a
+# %% ../nbs/00_recipes.ipynb #c7a94bea
 @dataclass(frozen=True)
 class PhaseConfig:
     title: str
-    mix: dict[str, float]                # share of each tier, summing to 1
-    share: float                         # share of the cycle's records when all phases are sampled
-    order: str = "shuffled"              # blocks: one domain at a time, easy to hard; or shuffled
-    max_domain_share: float = 1.0        # no domain takes more than this share of the phase
-    high_risk_weight: float = 1.0        # records of a high-risk domain for one of another, stock allowing
-    learning_rate: float | None = None   # where it differs from training.learning_rate
+    mix: dict[str, float]  # share of each tier, summing to 1
+    share: float  # share of the cycle's records when all phases are sampled
+    order: str = "shuffled"  # blocks: one domain at a time, easy to hard; or shuffled
+    max_domain_share: float = 1.0  # no domain takes more than this share of the phase
+    high_risk_weight: float = 1.0  # records of a high-risk domain for one of another, stock allowing
+    learning_rate: float | None = None  # where it differs from training.learning_rate
 
     def __post_init__(self):
         unknown = sorted(set(self.mix) - set(TIERS))
-        check(not unknown, f"'{self.title}' has the tier '{unknown[0] if unknown else ''}'; tiers are {', '.join(TIERS)}")
-        check(all(v >= 0 for v in self.mix.values()), f"'{self.title}' has a negative share in its mix: {self.mix}")
+        check(
+            not unknown,
+            f"'{self.title}' has the tier '{unknown[0] if unknown else ''}'; tiers are {', '.join(TIERS)}",
+        )
+        check(
+            all(v >= 0 for v in self.mix.values()),
+            f"'{self.title}' has a negative share in its mix: {self.mix}",
+        )
         total = sum(self.mix.values())
         check(abs(total - 1) < 1e-6, f"the mix of '{self.title}' sums to {total:.4g}; it must sum to 1")
         check(self.order in ("blocks", "shuffled"), f"order is '{self.order}'; use blocks or shuffled")
-        check(0 < self.max_domain_share <= 1, f"max_domain_share is {self.max_domain_share}; it must be in (0, 1]")
+        check(
+            0 < self.max_domain_share <= 1,
+            f"max_domain_share is {self.max_domain_share}; it must be in (0, 1]",
+        )
         check(self.high_risk_weight > 0, f"high_risk_weight is {self.high_risk_weight}; it must be above 0")
 
-
+# %% ../nbs/00_recipes.ipynb #8813e367
 def reference_phases() -> dict[str, PhaseConfig]:
     "The three phases of the reference curriculum: tier mixes, the 15% cap in B, the weight on risk in C."
     mix = lambda *shares: dict(zip(TIERS, shares))
@@ -100,22 +116,30 @@ def reference_phases() -> dict[str, PhaseConfig]:
         "C": PhaseConfig("Stress Epoch", mix(0.10, 0.25, 0.35, 0.30), 0.24, high_risk_weight=2.0),
     }
 
-
+# %% ../nbs/00_recipes.ipynb #35c37aff
 @dataclass(frozen=True)
 class CurriculumConfig:
-    target_records: int = 15000          # records of one cycle, over all phases
-    seed: int = 42                       # selects records and orders B and C
-    shortfall: str = "nearest"           # strict, nearest or undershoot
-    held_out_records: int = 96           # kept out of every phase and scored before and after each
-    corpus_scale: float = 0.05           # size of the generated corpus when none is given, 1 = 40,993 records
+    target_records: int = 15000  # records of one cycle, over all phases
+    seed: int = 42  # selects records and orders B and C
+    shortfall: str = "nearest"  # strict, nearest or undershoot
+    held_out_records: int = 96  # kept out of every phase and scored before and after each
+    corpus_scale: float = 0.05  # size of the generated corpus when none is given, 1 = 40,993 records
 
     def __post_init__(self):
-        check(self.target_records > 0, f"curriculum.target_records is {self.target_records}; it must be at least 1")
-        check(self.shortfall in ("strict", "nearest", "undershoot"),
-              f"curriculum.shortfall is '{self.shortfall}'; use strict, nearest or undershoot")
-        check(0 < self.corpus_scale <= 1, f"curriculum.corpus_scale is {self.corpus_scale}; it must be in (0, 1]")
+        check(
+            self.target_records > 0,
+            f"curriculum.target_records is {self.target_records}; it must be at least 1",
+        )
+        check(
+            self.shortfall in ("strict", "nearest", "undershoot"),
+            f"curriculum.shortfall is '{self.shortfall}'; use strict, nearest or undershoot",
+        )
+        check(
+            0 < self.corpus_scale <= 1,
+            f"curriculum.corpus_scale is {self.corpus_scale}; it must be in (0, 1]",
+        )
 
-# %% ../nbs/00_recipes.ipynb #c0d5548c
+# %% ../nbs/00_recipes.ipynb #c1a099d3
 PROMPT_TEMPLATE = "### Instruction:\n{question}\n\n### Response:\n"
 
 
@@ -123,54 +147,62 @@ PROMPT_TEMPLATE = "### Instruction:\n{question}\n\n### Response:\n"
 class TrainingConfig:
     learning_rate: float = 2e-4
     lr_scheduler_type: str = "cosine"
-    warmup_ratio: float = 0.03           # share of the phase's steps
+    warmup_ratio: float = 0.03  # share of the phase's steps
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    num_train_epochs: int = 1            # per phase
+    num_train_epochs: int = 1  # per phase
     per_device_train_batch_size: int = 8
     gradient_accumulation_steps: int = 1
-    max_length: int = 2048               # tokens; a longer record is left out of the plan, never cut
+    max_length: int = 2048  # tokens; a longer record is left out of the plan, never cut
     gradient_checkpointing: bool = False
     prompt_template: str = PROMPT_TEMPLATE
     seed: int = 42
-    threads: int = 2                     # CPU threads; another count gives other last bits, so it is a setting
+    threads: int = 2  # CPU threads; another count gives other last bits, so it is a setting
 
     def __post_init__(self):
         check("{question}" in self.prompt_template, "training.prompt_template has no {question}")
-        for key in ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length",
-                    "threads"):
+        for key in (
+            "num_train_epochs",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "max_length",
+            "threads",
+        ):
             check(getattr(self, key) > 0, f"training.{key} is {getattr(self, key)}; it must be at least 1")
         check(self.learning_rate > 0, f"training.learning_rate is {self.learning_rate}; it must be above 0")
 
-
+# %% ../nbs/00_recipes.ipynb #0a5a890d
 @dataclass(frozen=True)
 class EvaluationConfig:
-    quizzes: list[str] | None = None     # names of quizzes, null = all
-    limit: int | None = None             # questions per quiz, null = all
+    quizzes: list[str] | None = None  # names of quizzes, null = all
+    limit: int | None = None  # questions per quiz, null = all
     batch_size: int = 16
-    numeric_max_new_tokens: int = 48     # room for a short worked answer
+    numeric_max_new_tokens: int = 48  # room for a short worked answer
     inference_max_new_tokens: int = 200
     inference_temperature: float = 0.7
-    release_targets: bool = False        # hold the run against the release targets and the reference loss bands
+    release_targets: bool = False  # hold the run against the release targets and the reference loss bands
 
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    max_minutes: float | None = None     # a longer forecast is reported before anything is trained
+    max_minutes: float | None = None  # a longer forecast is reported before anything is trained
     usd_per_hour: float = 0.0
-    tokens_per_second: float = 100.0     # assumed training throughput, real tokens; compared with the measured one
+    tokens_per_second: float = (
+        100.0  # assumed training throughput, real tokens; compared with the measured one
+    )
     needs_gpu: bool = False
-    memory_gb: float = 1.0               # peak the run is expected to need: of the GPU where it needs one, else resident
+    memory_gb: float = 1.0  # peak the run is expected to need: of the GPU where it needs one, else resident
 
 
 @dataclass(frozen=True)
 class StoreConfig:
-    url: str | None = None               # a folder that receives the released adapter; null = keep it in the run
+    url: str | None = None  # a folder that receives the released adapter; null = keep it in the run
 
-# %% ../nbs/00_recipes.ipynb #d8e6849e
+# %% ../nbs/00_recipes.ipynb #cab7d900
 @dataclass(frozen=True)
 class Recipe:
     "Everything a run depends on beside its corpus."
+
     name: str
     purpose: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -183,12 +215,16 @@ class Recipe:
     store: StoreConfig = field(default_factory=StoreConfig)
 
     def __post_init__(self):
-        check(sorted(self.phases) == list(PHASES), f"phases are {sorted(self.phases)}; they must be A, B and C")
+        check(
+            sorted(self.phases) == list(PHASES), f"phases are {sorted(self.phases)}; they must be A, B and C"
+        )
         total = sum(p.share for p in self.phases.values())
         check(abs(total - 1) < 1e-6, f"the shares of the phases sum to {total:.4g}; they must sum to 1")
-        check((self.adapter.method == "qdora") == (self.model.quantization == "nf4"),
-              f"adapter.method '{self.adapter.method}' does not go with model.quantization "
-              f"'{self.model.quantization}': qdora needs nf4, and nf4 needs qdora")
+        check(
+            (self.adapter.method == "qdora") == (self.model.quantization == "nf4"),
+            f"adapter.method '{self.adapter.method}' does not go with model.quantization "
+            f"'{self.model.quantization}': qdora needs nf4, and nf4 needs qdora",
+        )
 
     def learning_rate(self, phase: str) -> float:
         "The rate of one phase: its own where it has one."
@@ -201,7 +237,7 @@ class Recipe:
         "Sixteen hex digits that change when any setting does."
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/00_recipes.ipynb #f642ca90
+# %% ../nbs/00_recipes.ipynb #f289435d
 def fits(value: Any, kind: Any) -> bool:
     "Whether a YAML value is of an annotated type; an int does for a float, a bool never for a number."
     origin = typing.get_origin(kind)
@@ -215,11 +251,29 @@ def fits(value: Any, kind: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, origin or kind)
 
+# %% ../nbs/00_recipes.ipynb #282e2f4e
+def number(text: str, where: str) -> float:
+    "The number in a word such as 2e-4; raises `RecipeError` where there is none."
+    try:
+        return float(text)
+    except ValueError:
+        raise RecipeError(f"{where} is '{text}'; it must be a number") from None
+
 
 def unknown_key(key: str, valid: list[str], where: str) -> RecipeError:
     near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(valid))}"
     return RecipeError(f"{where}: there is no setting '{key}'; {hint}")
+
+# %% ../nbs/00_recipes.ipynb #fa59670e
+def build_phases(given: dict, where: str) -> dict[str, PhaseConfig]:
+    "The reference phases with what the recipe changes in them."
+    phases = {k: dataclasses.asdict(p) for k, p in reference_phases().items()}
+    for name, changes in (given or {}).items():
+        if name not in phases:
+            raise unknown_key(name, list(PHASES), where)
+        phases[name] |= changes
+    return {k: build(PhaseConfig, v, f"{where}.{k}") for k, v in phases.items()}
 
 
 def build(cls: type, given: dict, where: str) -> Any:
@@ -238,30 +292,14 @@ def build(cls: type, given: dict, where: str) -> Any:
             value = build_phases(value, path)
         elif isinstance(value, str) and not isinstance(value, bool) and kind in (float, float | None):
             value = number(value, path)
-        check(dataclasses.is_dataclass(kind) or fits(value, kind),
-              f"{path} is {value!r}; it must be {getattr(kind, '__name__', kind)}")
+        check(
+            dataclasses.is_dataclass(kind) or fits(value, kind),
+            f"{path} is {value!r}; it must be {getattr(kind, '__name__', kind)}",
+        )
         values[key] = value
     return cls(**values)
 
-
-def build_phases(given: dict, where: str) -> dict[str, PhaseConfig]:
-    "The reference phases with what the recipe changes in them."
-    phases = {k: dataclasses.asdict(p) for k, p in reference_phases().items()}
-    for name, changes in (given or {}).items():
-        if name not in phases:
-            raise unknown_key(name, list(PHASES), where)
-        phases[name] |= changes
-    return {k: build(PhaseConfig, v, f"{where}.{k}") for k, v in phases.items()}
-
-
-def number(text: str, where: str) -> float:
-    "YAML reads 2e-4 as a word; people write it all the same."
-    try:
-        return float(text)
-    except ValueError:
-        raise RecipeError(f"{where} is '{text}'; it must be a number") from None
-
-# %% ../nbs/00_recipes.ipynb #f73ac0ca
+# %% ../nbs/00_recipes.ipynb #60541414
 def set_value(tree: dict, assignment: str) -> None:
     "Apply one `section.key=value`, the value read as YAML."
     key, sign, text = assignment.partition("=")
@@ -272,13 +310,13 @@ def set_value(tree: dict, assignment: str) -> None:
         check(isinstance(tree, dict), f"--set {assignment!r}: '{part}' holds no settings")
     tree[last] = yaml.safe_load(text)
 
-
+# %% ../nbs/00_recipes.ipynb #c1625741
 def recipe_names() -> list[str]:
     return sorted(p.stem for p in RECIPES.glob("*.yaml"))
 
 
 def load_recipe(
-    name: str | Path,                     # name of a shipped recipe, or the path of a YAML file
+    name: str | Path,  # name of a shipped recipe, or the path of a YAML file
     overrides: typing.Iterable[str] = (),  # assignments `section.key=value`, later ones winning
 ) -> Recipe:
     "Read a recipe. Raises `RecipeError` naming the file, the key and the nearest valid one."

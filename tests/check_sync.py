@@ -1,6 +1,7 @@
 """Are notebooks and modules in step? Exports and cleans the notebooks, then fails if that changed anything.
 
 It looks at the files themselves and not at git, so it works in a dirty working tree and in a fresh clone."""
+
 import hashlib
 import json
 import re

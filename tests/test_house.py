@@ -1,4 +1,5 @@
 "The rules of the house: one direction of imports, one notebook a module, phase notebooks without logic."
+
 import ast
 import json
 import re
@@ -47,7 +48,7 @@ def imported(module: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            start = package[:len(package) - node.level + 1] if node.level else ()
+            start = package[: len(package) - node.level + 1] if node.level else ()
             origin = ".".join([*start, *filter(None, [node.module])])
             found |= {f"{origin}.{alias.name}" for alias in node.names}
     return {name.removeprefix("elson_nb.") for name in found if name.startswith("elson_nb.")}
@@ -113,7 +114,7 @@ def test_notebook_is_clean(notebook):
         assert not any(c is not None for c in counts), "execution counts; run make sync"
     text = notebook.read_text(encoding="utf-8")
     places = [*HOME.finditer(text), *re.finditer(rf"(?<![\w.~-]){re.escape(str(ROOT))}/", text)]
-    assert not places, f"an absolute path of one machine: …{text[places[0].start():][:60]}…"
+    assert not places, f"an absolute path of one machine: …{text[places[0].start() :][:60]}…"
 
 
 @pytest.mark.parametrize("path", RECIPE_FILES, ids=name_of)

@@ -1,4 +1,5 @@
 "Properties of plan and sample over random stocks, mixes and targets."
+
 import json
 import tempfile
 from collections import Counter
@@ -26,9 +27,18 @@ MANIFEST_KEYS = ["id", "position", "phase", "domain", "tier", "source", "tokens"
 def make_index(stock: dict[tuple[str, str], int]) -> pl.DataFrame:
     "An index with so many rows of each domain and tier; lengths of 10 to 99 tokens."
     same = {"source": "a.json", "offset": 0, "domain_because": "", "tier_because": ""}
-    rows = [{"id": f"{domain}-{tier}-{n}", "domain": domain, "tier": tier, "category": domain,
-             "n_tokens": 10 + 7 * n % 90, **same}
-            for (domain, tier), count in stock.items() for n in range(count)]
+    rows = [
+        {
+            "id": f"{domain}-{tier}-{n}",
+            "domain": domain,
+            "tier": tier,
+            "category": domain,
+            "n_tokens": 10 + 7 * n % 90,
+            **same,
+        }
+        for (domain, tier), count in stock.items()
+        for n in range(count)
+    ]
     return pl.DataFrame(rows, schema=INDEX_SCHEMA)
 
 
@@ -53,8 +63,15 @@ def shares(keys):
 
 
 def configs(caps=(0.1, 0.15, 0.25, 0.5, 1.0), weights=(1.0, 1.5, 2.0, 4.0)):
-    return st.builds(PhaseConfig, st.just("any"), shares(TIERS), st.just(1.0), st.just("shuffled"),
-                     st.sampled_from(caps), st.sampled_from(weights))
+    return st.builds(
+        PhaseConfig,
+        st.just("any"),
+        shares(TIERS),
+        st.just(1.0),
+        st.just("shuffled"),
+        st.sampled_from(caps),
+        st.sampled_from(weights),
+    )
 
 
 UNCAPPED = configs(caps=(1.0,))
@@ -124,8 +141,11 @@ def test_strict_raises_exactly_when_something_is_short(stock, config, target):
 @over(stocks(), configs(weights=(1.0,)), st.integers(1, 60), st.sampled_from([1.5, 2.0, 4.0]))
 def test_weight_never_lowers_the_share_of_high_risk(stock, config, target, weight):
     index = make_index(stock)
-    risky = lambda config: sum(n for d, n in plan_phase("C", config, target, index, frozenset(), HIGH_RISK)
-                               .domains().items() if d in HIGH_RISK)
+    risky = lambda config: sum(
+        n
+        for d, n in plan_phase("C", config, target, index, frozenset(), HIGH_RISK).domains().items()
+        if d in HIGH_RISK
+    )
     assert risky(replace(config, high_risk_weight=weight)) >= risky(config)
 
 
@@ -222,7 +242,8 @@ def test_a_record_used_before_says_so(stock, config, target):
         again = sample.rows.filter(pl.col("reason").str.ends_with(", used in an earlier phase"))
         assert set(again["id"]) == set(sample.rows["id"]) & seen
         assert counts_of(sample.rows, "domain", "tier") == {
-            (d, t): n for d, t in stock if (n := sample.plan.cell(d, t))}
+            (d, t): n for d, t in stock if (n := sample.plan.cell(d, t))
+        }
         seen |= set(sample.rows["id"])
 
 
@@ -268,8 +289,15 @@ def buckets():
     "Buckets of 120 short records, read from a file as a person would bring it."
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "corpus.jsonl"
-        rows = [{"instruction": f"What is {n} plus {n}?", "output": f"It is {2 * n}. " * (n % 5 + 1),
-                 "domain": DOMAINS[n % 5], "difficulty": TIERS[n % 4]} for n in range(120)]
+        rows = [
+            {
+                "instruction": f"What is {n} plus {n}?",
+                "output": f"It is {2 * n}. " * (n % 5 + 1),
+                "domain": DOMAINS[n % 5],
+                "difficulty": TIERS[n % 4],
+            }
+            for n in range(120)
+        ]
         source.write_text("".join(json.dumps(row) + "\n" for row in rows))
         assert build_buckets([source], Path(folder) / "out")["records"] == 120
         yield Path(folder) / "out"
@@ -280,7 +308,8 @@ def test_manifest_and_merged_file_agree_line_by_line(buckets, tmp_path):
     samples = sample_phases(index, recipe.phases, "all", CurriculumConfig(60))
     written = write_samples(samples, buckets, tmp_path, stamp="20260101_000000")
     assert sorted(p.name for p in (tmp_path / "curriculum_runs").iterdir()) == sorted(
-        f"{kind}_phase{p}_20260101_000000.jsonl" for kind in ("manifest", "merged") for p in PHASES)
+        f"{kind}_phase{p}_20260101_000000.jsonl" for kind in ("manifest", "merged") for p in PHASES
+    )
     tokens = dict(index.select("id", "n_tokens").iter_rows())
     for phase, info in written.items():
         manifest, merged = (list(read_jsonl(info[kind])) for kind in ("manifest", "merged"))

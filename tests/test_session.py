@@ -148,7 +148,7 @@ def test_a_plain_lora_is_refused_by_name(smoke_run, tmp_path):
 
 
 def test_a_dead_kernel_and_a_ctrl_c_lose_nothing(smoke_run, tmp_path):
-    "Kill the kernel in A, interrupt B, resume each time: the adapters are those of the session nobody disturbed."
+    "Kill the kernel in A, interrupt B, resume: the adapters equal those of the session nobody disturbed."
     process = subprocess.Popen(
         [*ELSON, "run", "--recipe", "smoke", "--runs-dir", str(tmp_path), "-q"],
         stderr=subprocess.PIPE,

@@ -1,4 +1,5 @@
 "The store under faults: damage, two writers at once, a kill in the middle, a full disk."
+
 import errno
 import multiprocessing
 import os
@@ -27,8 +28,11 @@ def make_artifact(folder: Path, text: str = "weights", files: int = 3) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
-            if p.is_file() and p.name != MANIFEST}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != MANIFEST
+    }
 
 
 @pytest.fixture
@@ -64,9 +68,16 @@ def damage_same_size(file: Path) -> None:
     file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
 
 
-@pytest.mark.parametrize("damage", [damage_same_size, Path.unlink, lambda file: os.truncate(file, 3),
-                                    lambda file: (file.parent / "stray.pkl").write_bytes(b"x")],
-                         ids=["flipped bit", "missing", "cut short", "extra"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_same_size,
+        Path.unlink,
+        lambda file: os.truncate(file, 3),
+        lambda file: (file.parent / "stray.pkl").write_bytes(b"x"),
+    ],
+    ids=["flipped bit", "missing", "cut short", "extra"],
+)
 def test_a_damaged_artifact_is_not_handed_out(pushed, tmp_path, damage):
     damage(pushed.path("model") / "part1" / "model.bin")
     assert len(pushed.verify("model")) == 1 and "part1" in pushed.verify("model")[0]
@@ -90,8 +101,12 @@ def test_a_damaged_manifest_is_named(pushed, tmp_path):
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/etc", "a/", ".hidden"])
 def test_a_name_that_leaves_the_store_is_refused(pushed, tmp_path, name):
-    for attempt in (pushed.has, pushed.verify, lambda name: pushed.push(tmp_path / "source", name),
-                    lambda name: pushed.pull(name, tmp_path / "out")):
+    for attempt in (
+        pushed.has,
+        pushed.verify,
+        lambda name: pushed.push(tmp_path / "source", name),
+        lambda name: pushed.pull(name, tmp_path / "out"),
+    ):
         with pytest.raises(StoreError, match="no artifact name"):
             attempt(name)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source", "store"]
@@ -107,6 +122,9 @@ def test_unknown_artifact_and_empty_folder_are_named(pushed, tmp_path):
 
 
 def push_often(root: Path, source: Path, ready, times: int) -> None:
+    "Push again and again, with a pause before every rename, so that two writers do meet between two of them."
+    rename = os.rename
+    os.rename = lambda *args, **kwargs: (time.sleep(0.003), rename(*args, **kwargs))
     ready.wait()
     for _ in range(times):
         LocalStore(root).push(source, "model")
@@ -116,7 +134,7 @@ def test_two_writers_of_one_name_both_finish_and_leave_one_whole_artifact(store,
     context = multiprocessing.get_context("spawn")  # pytest's own process may hold threads
     ready = context.Barrier(2)
     sources = [make_artifact(tmp_path / text, text) for text in ("first", "second")]
-    writers = [context.Process(target=push_often, args=(store.root, s, ready, 100)) for s in sources]
+    writers = [context.Process(target=push_often, args=(store.root, s, ready, 40)) for s in sources]
     for writer in writers:
         writer.start()
     for writer in writers:

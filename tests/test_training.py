@@ -1,4 +1,5 @@
 "Training against plain references, on a tiny random model: masks, losses, order, seeds, hand-over, merge."
+
 import json
 import math
 from dataclasses import replace
@@ -17,16 +18,24 @@ from elson_nb.training.batches import Example, encode, example_losses
 from elson_nb.training.phase import TrainingError, tokens_per_step, train_phase
 
 END_OF_PROMPT = "### Response:\n"
-SETTINGS = ("training.per_device_train_batch_size=4", "training.seed=42",
-            "training.threads=1")  # matrices this small are slower on two threads, much so on a busy machine
+SETTINGS = (
+    "training.per_device_train_batch_size=4",
+    "training.seed=42",
+    "training.threads=1",
+)  # matrices this small are slower on two threads, much so on a busy machine
 
 
 def make_records(count: int, start: int = 0) -> list[dict]:
     "Records of very different lengths, each one's text its own."
-    return [{"id": f"r{n:03}", "instruction": f"What is {n} percent of {n * 37}?",
-             "input": "Round down." if n % 3 == 0 else "",
-             "output": f"It is {n * n * 37 / 100:.2f}." + " Divide by a hundred." * (n * 5 % 4)}
-            for n in range(start, start + count)]
+    return [
+        {
+            "id": f"r{n:03}",
+            "instruction": f"What is {n} percent of {n * 37}?",
+            "input": "Round down." if n % 3 == 0 else "",
+            "output": f"It is {n * n * 37 / 100:.2f}." + " Divide by a hundred." * (n * 5 % 4),
+        }
+        for n in range(start, start + count)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +74,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="#|")
 def test_completion_mask_begins_where_the_decoded_prompt_ends(tokenizer, instruction, input, output):
     example = encode({"id": "x", "instruction": instruction, "input": input, "output": output}, tokenizer)
     text = tokenizer.decode(example.input_ids)
-    prompt = text[:text.index(END_OF_PROMPT) + len(END_OF_PROMPT)]
+    prompt = text[: text.index(END_OF_PROMPT) + len(END_OF_PROMPT)]
     read = (tokenizer.decode(example.input_ids[:n]) for n in range(len(example)))
     boundary = next(n for n, decoded in enumerate(read) if decoded == prompt)
     assert example.completion_mask == [int(n >= boundary) for n in range(len(example))]
@@ -97,6 +106,7 @@ def test_example_losses_equal_a_plain_loop(base, tokenizer, tokens_per_batch):
 
 # the order, the count of tokens and the seed
 
+
 def watch_tokens(model) -> list[list[list[int]]]:
     "Record the rows of every batch that the model's embedding looks up."
     batches = []
@@ -109,16 +119,26 @@ def test_the_model_sees_the_records_in_their_order(base, tokenizer, tmp_path, ac
     model, _ = load_base(smoke(), base)
     batches, steps = watch_tokens(model), []
     records = make_records(11)[::-1]  # neither by length nor by id
-    recipe = smoke(f"training.gradient_accumulation_steps={accumulation}",
-                   f"training.num_train_epochs={epochs}", f"training.per_device_train_batch_size={micro}")
-    result = train_phase(recipe, "B", records, None, tmp_path / "out", loaded=(model, tokenizer),
-                         on_step=lambda row: steps.append(len(batches)))
+    recipe = smoke(
+        f"training.gradient_accumulation_steps={accumulation}",
+        f"training.num_train_epochs={epochs}",
+        f"training.per_device_train_batch_size={micro}",
+    )
+    result = train_phase(
+        recipe,
+        "B",
+        records,
+        None,
+        tmp_path / "out",
+        loaded=(model, tokenizer),
+        on_step=lambda row: steps.append(len(batches)),
+    )
     examples = [encode(r, tokenizer) for r in records]
     seen = [row for batch in batches for row in batch]
     expected = [e.input_ids for e in examples] * epochs
     assert len(seen) == len(expected)
     for row, ids in zip(seen, expected, strict=True):
-        assert row[:len(ids)] == ids and set(row[len(ids):]) <= {tokenizer.pad_token_id}
+        assert row[: len(ids)] == ids and set(row[len(ids) :]) <= {tokenizer.pad_token_id}
 
     real = [len(e) for e in examples] * epochs
     per_batch = [sum(real.pop(0) for _ in batch) for batch in batches]
@@ -131,12 +151,16 @@ def test_the_model_sees_the_records_in_their_order(base, tokenizer, tmp_path, ac
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(st.lists(st.integers(1, 50), min_size=1), st.integers(1, 5), st.integers(1, 4), st.integers(1, 3))
 def test_tokens_per_step_counts_every_token_once_an_epoch(lengths, micro, accumulation, epochs):
-    training = replace(smoke().training, per_device_train_batch_size=micro, num_train_epochs=epochs,
-                       gradient_accumulation_steps=accumulation)
+    training = replace(
+        smoke().training,
+        per_device_train_batch_size=micro,
+        num_train_epochs=epochs,
+        gradient_accumulation_steps=accumulation,
+    )
     tokens = tokens_per_step([Example(str(n), [1] * n, [1] * n) for n in lengths], training)
     assert sum(tokens) == sum(lengths) * epochs
     assert len(tokens) == math.ceil(math.ceil(len(lengths) / micro) / accumulation) * epochs
-    assert tokens == tokens[:len(tokens) // epochs] * epochs
+    assert tokens == tokens[: len(tokens) // epochs] * epochs
 
 
 def weights(result) -> bytes:
@@ -150,14 +174,19 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_does_not(base, phase_a, tm
 
 def test_an_accumulated_step_equals_one_large_batch(base, tmp_path):
     large = train(base, tmp_path / "large", "training.per_device_train_batch_size=6")
-    parts = train(base, tmp_path / "parts", "training.per_device_train_batch_size=2",
-                  "training.gradient_accumulation_steps=3")
+    parts = train(
+        base,
+        tmp_path / "parts",
+        "training.per_device_train_batch_size=2",
+        "training.gradient_accumulation_steps=3",
+    )
     assert [r["tokens"] for r in parts.steps] == [r["tokens"] for r in large.steps]
     for one, other in zip(parts.steps, large.steps, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=2e-4)
 
 
 # the hand-over from phase to phase, and to a person with stock PEFT
+
 
 def batch_loss(model, tokenizer, records: list[dict]) -> float:
     "Loss of a batch as training counts it: the mean over all its answer tokens."
@@ -215,8 +244,14 @@ def breaking_base(base, tokenizer, calls: int, value: float) -> tuple:
 def test_a_loss_that_is_not_finite_stops_the_phase(base, tokenizer, tmp_path, value, calls):
     expected = rf"loss is (nan|inf) at step {calls + 1}; lower training.learning_rate \(now 0.003\)"
     with pytest.raises(TrainingError, match=expected):
-        train(base, tmp_path / "A", "training.learning_rate=0.003", "training.warmup_ratio=0",
-              "training.lr_scheduler_type=constant", loaded=breaking_base(base, tokenizer, calls, value))
+        train(
+            base,
+            tmp_path / "A",
+            "training.learning_rate=0.003",
+            "training.warmup_ratio=0",
+            "training.lr_scheduler_type=constant",
+            loaded=breaking_base(base, tokenizer, calls, value),
+        )
     assert not (tmp_path / "A").exists()
 
 
@@ -232,12 +267,14 @@ def test_a_last_gradient_that_is_not_finite_stops_the_phase(base, tokenizer, tmp
 
 # the merge
 
+
 def test_a_merged_model_gives_the_logits_of_base_and_adapter(base, tokenizer, phase_a, tmp_path):
     note = merge_release(smoke(), phase_a.adapter, tmp_path / "merged", base)
     assert note["relative_logit_difference"] < 1e-4
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert batch_loss(merged, tokenizer, make_records(4)) == pytest.approx(
-        batch_loss(phase_a.model, tokenizer, make_records(4)), abs=1e-5)
+        batch_loss(phase_a.model, tokenizer, make_records(4)), abs=1e-5
+    )
 
 
 def test_plain_lora_is_never_merged_for_release(base, tmp_path):

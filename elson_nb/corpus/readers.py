@@ -35,7 +35,7 @@ from elson_nb.corpus.records import (
     split_path,
 )
 
-# %% ../../nbs/1_corpus/01_readers.ipynb #8685cb32
+# %% ../../nbs/1_corpus/01_readers.ipynb #cd4c5cc5
 class BadSource(ValueError):
     "A file or a mapping that cannot be used as a whole; the message names the file."
 
@@ -43,6 +43,7 @@ class BadSource(ValueError):
 @dataclass(frozen=True)
 class Row:
     "A record that was read."
+
     file: str  # path of the file, as given
     line: int  # line of the file, or position in its list, from 1
     record: dict  # the nine fields of a record
@@ -51,6 +52,7 @@ class Row:
 @dataclass(frozen=True)
 class Quarantined:
     "What could not become a record."
+
     file: str  # path of the file, as given
     line: int  # line of the file, or position in its list, from 1
     reason: str  # in words
@@ -85,7 +87,7 @@ def _jsonl_rows(path: Path) -> Rows:
                 fault = f"not JSON: {error}"
             yield number, value, fault
 
-# %% ../../nbs/1_corpus/01_readers.ipynb #a22b0ad7
+# %% ../../nbs/1_corpus/01_readers.ipynb #e83cb42d
 _CHATS = ("messages", "conversations")
 
 
@@ -105,13 +107,15 @@ def _json_rows(path: Path, mapping: dict[str, str]) -> Rows:
         elif len(lists) == 1:
             value = value[lists[0]]
         else:
-            raise BadSource(f"{path}: an object with {len(lists)} lists ({', '.join(lists) or 'none'}), "
-                            "not one list of records; name its fields in a mapping")
+            raise BadSource(
+                f"{path}: an object with {len(lists)} lists ({', '.join(lists) or 'none'}), "
+                "not one list of records; name its fields in a mapping"
+            )
     if not isinstance(value, list):
         raise BadSource(f"{path}: holds {type(value).__name__}, not a list of records")
     yield from ((number, item, "") for number, item in enumerate(value, 1))
 
-# %% ../../nbs/1_corpus/01_readers.ipynb #87d18b6a
+# %% ../../nbs/1_corpus/01_readers.ipynb #525781fe
 def _csv_rows(path: Path) -> Rows:
     "Rows as dictionaries by the header; comma, semicolon or tab, whichever the header has most of."
     csv.field_size_limit(2**27)  # characters; the default of 131,072 refuses long reports
@@ -132,17 +136,18 @@ def _csv_rows(path: Path) -> Rows:
                 raise BadSource(f"{path}: no header that can be read: {fault}")
             if header is None:
                 header = [name.strip() for name in fields or ()] or None
-            elif fault or any((fields or [])[len(header):]):
+            elif fault or any((fields or [])[len(header) :]):
                 yield line, "".join(used), fault or f"{len(fields)} fields where the header has {len(header)}"
             elif fields:
                 yield line, dict(zip(header, fields, strict=False)), ""
 
-# %% ../../nbs/1_corpus/01_readers.ipynb #6a870b8e
+# %% ../../nbs/1_corpus/01_readers.ipynb #f8d63865
 def _table_rows(path: Path) -> Rows:
     "Rows of a Parquet file, or of a folder that `datasets.Dataset.save_to_disk` wrote."
     try:
         if path.is_dir():
             from datasets import load_from_disk  # takes a second to import, and few sources need it
+
             rows = load_from_disk(str(path))
         else:
             batches = pq.ParquetFile(path).iter_batches(batch_size=1000)
@@ -151,9 +156,10 @@ def _table_rows(path: Path) -> Rows:
     except (ArrowException, OSError, ValueError, KeyError) as error:
         raise BadSource(f"{path}: a table that cannot be read: {error}") from None
 
-# %% ../../nbs/1_corpus/01_readers.ipynb #e3b1b776
+# %% ../../nbs/1_corpus/01_readers.ipynb #da5d8c3a
 class Source(NamedTuple):
     "One thing to read."
+
     path: Path  # a file, or the folder of a saved data set
     kind: str  # "json", "jsonl", "csv", "parquet", "datasets", or "" for what is left alone
     stem: str  # the `source` of its records unless they have their own
@@ -184,7 +190,7 @@ def _kind(path: Path) -> str:
         return "json"
     raise BadSource(f"{path}: not a kind that can be read ({_KNOWN})")
 
-
+# %% ../../nbs/1_corpus/01_readers.ipynb #9923102c
 def find_sources(
     path: str | Path,  # a file, a saved data set, or a folder of these
 ) -> Iterator[Source]:  # in the order of their names; files left alone have the kind ""
@@ -293,7 +299,7 @@ def read_source(
         raise BadSource(f"{path}: nothing in this folder can be read ({_KNOWN})")
     return (item for source in sources for item in _read(source, mapping or {}, category))
 
-# %% ../../nbs/1_corpus/01_readers.ipynb #0fd026c1
+# %% ../../nbs/1_corpus/01_readers.ipynb #def513ec
 def quarantine_path(out: str | Path) -> Path:
     "Where an import into `out` lists what it did not keep."
     return Path(out).with_name(f"{Path(out).stem}.quarantine.jsonl")
@@ -313,7 +319,7 @@ def _settled(items: Iterable[Row | Quarantined]) -> Iterator[tuple[str, Row | Qu
             item = Quarantined(item.file, item.line, f"duplicate of {first}", _shown(texts))
         yield end, item
 
-
+# %% ../../nbs/1_corpus/01_readers.ipynb #2b9cd10f
 def import_corpus(
     sources: list[Path],  # files, saved data sets, folders of these; read in this order
     out: Path,  # the file of records to write; `quarantine_path(out)` is written beside it
@@ -324,8 +330,12 @@ def import_corpus(
     "Read sources into one file of distinct records; raises `BadSource` when there is nothing to keep."
     mapping, own = mapping or {}, {Path(out).resolve(), quarantine_path(out).resolve()}
     _check_fields(mapping, ", ".join(map(str, sources)))
-    found = [source for path in sources for source in find_sources(path)
-             if source.path == Path(path) or source.path.resolve() not in own]
+    found = [
+        source
+        for path in sources
+        for source in find_sources(path)
+        if source.path == Path(path) or source.path.resolve() not in own
+    ]
     todo = [source for source in found if source.kind]
     names, loss = ("read", "kept", "duplicates", "quarantined"), "no rows"
     files = {str(source.path): dict.fromkeys(names, 0) for source in todo}

@@ -42,9 +42,15 @@ def record_id(
     content = "\x1f".join(map(_normal, (instruction, input, output)))
     return hashlib.blake2b(content.encode("utf-8"), digest_size=12).hexdigest()
 
-# %% ../../nbs/1_corpus/00_records.ipynb #af42caab
-_SPELLINGS = {"beginner": "easy", "intermediate": "medium", "advanced": "hard", "expert": "extremely_complex",
-              "extreme": "extremely_complex", "extremelycomplex": "extremely_complex"}
+# %% ../../nbs/1_corpus/00_records.ipynb #b32e33ed
+_SPELLINGS = {
+    "beginner": "easy",
+    "intermediate": "medium",
+    "advanced": "hard",
+    "expert": "extremely_complex",
+    "extreme": "extremely_complex",
+    "extremelycomplex": "extremely_complex",
+}
 
 
 def tier_of(
@@ -54,7 +60,7 @@ def tier_of(
     word = re.sub(r"[\s_-]+", "", given.casefold())
     return word if word in TIERS else _SPELLINGS.get(word, "")
 
-# %% ../../nbs/1_corpus/00_records.ipynb #72e6f111
+# %% ../../nbs/1_corpus/00_records.ipynb #23fd965a
 class BadRecord(ValueError):
     "A record that cannot be used; the message says why in words."
 
@@ -75,8 +81,10 @@ def _text(name: str, value: object, required: bool = False) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadRecord(f"{name} has a lone surrogate \\u{ord(value[error.start]):04x} "
-                        f"at character {error.start}, which is not valid Unicode text") from None
+        raise BadRecord(
+            f"{name} has a lone surrogate \\u{ord(value[error.start]):04x} "
+            f"at character {error.start}, which is not valid Unicode text"
+        ) from None
     if found := _CONTROL.search(value):
         code, position = ord(found[0]), found.start()
         raise BadRecord(f"{name} has the control character U+{code:04X} at character {position}")
@@ -93,7 +101,7 @@ def _meta(meta: dict | None) -> dict:
         raise BadRecord(f"meta cannot be written as JSON: {error}") from None
     return dict(meta or {})
 
-# %% ../../nbs/1_corpus/00_records.ipynb #1dc6ea19
+# %% ../../nbs/1_corpus/00_records.ipynb #b6dc6996
 def make_record(
     instruction: str,  # the question; not empty
     output: str,  # the answer; not empty
@@ -105,15 +113,24 @@ def make_record(
     meta: dict | None = None,  # anything else, as long as JSON can hold it
 ) -> dict:  # the nine `FIELDS`, in that order
     "A checked record with its id; raises `BadRecord` with the reason."
-    texts = {"instruction": _text("instruction", instruction, required=True), "input": _text("input", input),
-             "output": _text("output", output, required=True)}
+    texts = {
+        "instruction": _text("instruction", instruction, required=True),
+        "input": _text("input", input),
+        "output": _text("output", output, required=True),
+    }
     labels = {"category": _text("category", category), "domain": _text("domain", domain)}
     given, kept = _text("difficulty", difficulty), _meta(meta)
     tier = tier_of(given)
     if given and not tier:
         kept["difficulty_given"] = given
-    return {"id": record_id(**texts), **texts, **labels, "difficulty": tier,
-            "source": _text("source", source), "meta": kept}
+    return {
+        "id": record_id(**texts),
+        **texts,
+        **labels,
+        "difficulty": tier,
+        "source": _text("source", source),
+        "meta": kept,
+    }
 
 # %% ../../nbs/1_corpus/00_records.ipynb #7ee2e22f
 @contextmanager
@@ -192,10 +209,13 @@ def as_text(
         return "\n".join(" | ".join(as_text(cell, name) for cell in row) for row in rows)
     return "; ".join(filter(None, (as_text(item, name) for item in value)))
 
-# %% ../../nbs/1_corpus/00_records.ipynb #ea6e60c1
-ALIASES = {"instruction": ("instruction", "question", "prompt", "query"), "input": ("input", "context"),
-           "output": ("output", "answer", "response", "completion", "target"),
-           **{name: (name,) for name in ("category", "domain", "difficulty", "source", "meta")}}
+# %% ../../nbs/1_corpus/00_records.ipynb #057a3bbb
+ALIASES = {
+    "instruction": ("instruction", "question", "prompt", "query"),
+    "input": ("input", "context"),
+    "output": ("output", "answer", "response", "completion", "target"),
+    **{name: (name,) for name in ("category", "domain", "difficulty", "source", "meta")},
+}
 
 
 def fields_by_name(
@@ -226,9 +246,15 @@ def small_fields(
             kept["source_id" if key.casefold() == "id" else key] = value
     return kept
 
-# %% ../../nbs/1_corpus/00_records.ipynb #7bcc70af
-_ROLES = {"human": "user", "gpt": "assistant", "agent": "assistant", "model": "assistant", "function": "tool",
-          **{role: role for role in ("system", "user", "assistant", "tool")}}
+# %% ../../nbs/1_corpus/00_records.ipynb #38361928
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "agent": "assistant",
+    "model": "assistant",
+    "function": "tool",
+    **{role: role for role in ("system", "user", "assistant", "tool")},
+}
 
 
 def _turn(number: int, turn: object) -> tuple[str, str]:
@@ -257,10 +283,12 @@ def fields_by_turns(
     if not pairs:
         raise BadRecord("no user turn that is followed by an assistant turn")
     at = pairs[-1]
-    before = "\n".join(f"{role.capitalize()}: {text}" for role, text in said[:at - 1])
+    before = "\n".join(f"{role.capitalize()}: {text}" for role, text in said[: at - 1])
     about = {"system": system, "turns_left_out": len(said) - at - 1}
-    return ({"instruction": said[at - 1][1], "input": before, "output": said[at][1]},
-            {key: value for key, value in about.items() if value})
+    return (
+        {"instruction": said[at - 1][1], "input": before, "output": said[at][1]},
+        {key: value for key, value in about.items() if value},
+    )
 
 # %% ../../nbs/1_corpus/00_records.ipynb #18bedcaf
 _MISSING = object()  # what is not there, as against `None`, which is there and empty
@@ -290,7 +318,7 @@ def _through(value: object, lists: tuple[str, ...], leaf: str) -> list:
     items = held if isinstance(held, list) else []
     return [found for item in items for found in _through(item, lists[1:], leaf)]
 
-# %% ../../nbs/1_corpus/00_records.ipynb #5542a71c
+# %% ../../nbs/1_corpus/00_records.ipynb #1471b0e7
 def along(
     row: object,  # a row, or an element of one
     axis: tuple[str, ...],  # the lists to go through
@@ -307,7 +335,7 @@ def along(
     for item in held:
         yield from (((row, *inner), fault) for inner, fault in along(item, axis[1:]))
 
-
+# %% ../../nbs/1_corpus/00_records.ipynb #fa71855c
 def at_path(
     levels: tuple,  # a row and its elements, from `along`
     path: str,  # where to look
@@ -326,7 +354,7 @@ def at_path(
     value = "\n".join(as_text(item, path) for item in found) if lists else found[0]
     return value, (depth, start if literal else start.split(".")[0])
 
-
+# %% ../../nbs/1_corpus/00_records.ipynb #b6f16a4e
 def nearest(
     name: str,  # what was asked for
     names: Iterable[str],  # what there is

@@ -16,24 +16,28 @@ from pathlib import Path
 
 import yaml
 
-# %% ../../nbs/1_corpus/02_taxonomy.ipynb #cc74d879
-TAXONOMY = Path(__file__).parent.parent / "taxonomy.yaml" if "__file__" in globals() else Path(
-    "../../elson_nb/taxonomy.yaml")
+# %% ../../nbs/1_corpus/02_taxonomy.ipynb #9dc6330b
+TAXONOMY = (
+    Path(__file__).parent.parent / "taxonomy.yaml"
+    if "__file__" in globals()
+    else Path("../../elson_nb/taxonomy.yaml")
+)
 GENERAL = "general_finance"
 
 
 @dataclass(frozen=True)
 class Domain:
     "One field of finance."
+
     name: str
     title: str
     parent: str
-    risk: str                # normal or high
+    risk: str  # normal or high
     description: str
     keywords: tuple[str, ...]
     aliases: tuple[str, ...] = ()
 
-
+# %% ../../nbs/1_corpus/02_taxonomy.ipynb #c1ee1086
 @lru_cache
 def load_taxonomy(path: Path = TAXONOMY) -> dict[str, Domain]:
     "All domains by name. Raises `ValueError` naming the file and the domain whose entry does not fit."
@@ -70,10 +74,11 @@ def nearest_domain(label: str) -> str:
     "The known label closest to a misspelt one, for error messages; empty when none is close."
     return next(iter(difflib.get_close_matches(label, _labels(), n=1)), "")
 
-# %% ../../nbs/1_corpus/02_taxonomy.ipynb #2a3f0d0f
+# %% ../../nbs/1_corpus/02_taxonomy.ipynb #b76c267c
 @dataclass(frozen=True)
 class Assignment:
     "A domain or tier, how sure the rule is (0 to 1), and what decided."
+
     value: str
     confidence: float
     because: tuple[str, ...]
@@ -82,11 +87,11 @@ class Assignment:
 @lru_cache
 def _keyword_pattern() -> tuple[re.Pattern, dict[str, str]]:
     owners = {word: name for name, domain in load_taxonomy().items() for word in domain.keywords}
-    words = sorted(owners, key=lambda w: (-len(w), w))  # longest first, so that "roth ira" is not read as "ira"
+    words = sorted(owners, key=lambda w: (-len(w), w))
     edge = r"(?<![a-z0-9])", r"(?:e?s)?(?![a-z0-9])"
     return re.compile(edge[0] + "(" + "|".join(map(re.escape, words)) + ")" + edge[1]), owners
 
-
+# %% ../../nbs/1_corpus/02_taxonomy.ipynb #2a2c0262
 def classify_text(text: str) -> Assignment:
     "Domain of a text by the keywords in it; `general_finance` with confidence 0 when there are none."
     pattern, owners = _keyword_pattern()
@@ -100,7 +105,7 @@ def classify_text(text: str) -> Assignment:
     because = tuple(sorted(w for w in found if owners[w] == best))
     return Assignment(best, round(scores[best] / (sum(scores.values()) + 1), 3), because)
 
-
+# %% ../../nbs/1_corpus/02_taxonomy.ipynb #24dba774
 def assign_domain(record: dict) -> Assignment:
     "Domain of a record: its own label, then its category, then the words of question and answer."
     for field in ("domain", "category"):
@@ -109,30 +114,53 @@ def assign_domain(record: dict) -> Assignment:
             return Assignment(label, 1.0, (f"{field} label",))
     return classify_text(f"{record['instruction']} {record['output']}")
 
-# %% ../../nbs/1_corpus/02_taxonomy.ipynb #71978788
-QUALIFIERS = re.compile(r"\b(unless|however|except|although|provided|subject to|only if|depends|whereas)\b", re.I)
-TRADE_OFFS = re.compile(r"\b(trade-?offs?|conflict\w*|competing|recommend\w*|weigh\w*|on the other hand|instead of)\b", re.I)
+# %% ../../nbs/1_corpus/02_taxonomy.ipynb #19f996ca
+QUALIFIERS = re.compile(
+    r"\b(unless|however|except|although|provided|subject to|only if|depends|whereas)\b", re.I
+)
+TRADE_OFFS = re.compile(
+    r"\b(trade-?offs?|conflict\w*|competing|recommend\w*|weigh\w*|on the other hand|instead of)\b", re.I
+)
 FIGURES = re.compile(r"\d[\d,.]*%?")
 FEATURES = {  # feature -> (points a unit, most points it can give)
-    "answer words / 40": (1.0, 4.0), "figures in the answer / 3": (0.7, 2.5), "qualifiers": (0.6, 2.0),
-    "trade-offs": (0.8, 2.0), "question words / 40": (0.8, 2.0)}
-THRESHOLDS = (("easy", 1.6), ("medium", 3.4), ("hard", 6.0), ("extremely_complex", float("inf")))
+    "answer words / 40": (1.0, 4.0),
+    "figures in the answer / 3": (0.7, 2.5),
+    "qualifiers": (0.6, 2.0),
+    "trade-offs": (0.8, 2.0),
+    "question words / 40": (0.8, 2.0),
+}
 
 
 def tier_features(record: dict) -> dict[str, float]:
     "The features of a record, in the units of `FEATURES`."
     answer, question = record["output"], f"{record['instruction']} {record.get('input', '')}"
-    return dict(zip(FEATURES, (len(answer.split()) / 40, len(FIGURES.findall(answer)) / 3,
-                               len(QUALIFIERS.findall(answer)), len(TRADE_OFFS.findall(answer)),
-                               len(question.split()) / 40)))
+    return dict(
+        zip(
+            FEATURES,
+            (
+                len(answer.split()) / 40,
+                len(FIGURES.findall(answer)) / 3,
+                len(QUALIFIERS.findall(answer)),
+                len(TRADE_OFFS.findall(answer)),
+                len(question.split()) / 40,
+            ),
+        )
+    )
+
+# %% ../../nbs/1_corpus/02_taxonomy.ipynb #8b46c92a
+THRESHOLDS = (("easy", 1.6), ("medium", 3.4), ("hard", 6.0), ("extremely_complex", float("inf")))
 
 
 def assign_tier(record: dict) -> Assignment:
     "Tier of a record: its own where given, else by weighted features; `because` lists the points of each."
     if record.get("difficulty"):
         return Assignment(record["difficulty"], 1.0, ("difficulty label",))
-    points = {name: min(most, value * each) for (name, (each, most)), value in
-              zip(FEATURES.items(), tier_features(record).values())}
+    points = {
+        name: min(most, value * each)
+        for (name, (each, most)), value in zip(FEATURES.items(), tier_features(record).values())
+    }
     total = sum(points.values())
     tier = next(name for name, limit in THRESHOLDS if total < limit)
-    return Assignment(tier, 0.5, tuple(f"{name}: {value:.1f}" for name, value in points.items() if value >= 0.05))
+    return Assignment(
+        tier, 0.5, tuple(f"{name}: {value:.1f}" for name, value in points.items() if value >= 0.05)
+    )

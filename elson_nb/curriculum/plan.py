@@ -14,7 +14,7 @@ import polars as pl
 from ..corpus.records import TIERS
 from ..recipes import PhaseConfig
 
-# %% ../../nbs/2_curriculum/00_plan.ipynb #57d9eb72
+# %% ../../nbs/2_curriculum/00_plan.ipynb #aa596b08
 class ShortfallError(ValueError):
     "The buckets cannot give what a mix asks for, and the policy is `strict`."
 
@@ -24,14 +24,15 @@ def apportion(total: int, shares: dict[str, float]) -> dict[str, int]:
     exact = {k: total * v for k, v in shares.items()}
     counts = {k: int(v + 1e-9) for k, v in exact.items()}
     order = sorted(shares, key=lambda k: counts[k] - exact[k])
-    for key in order[:total - sum(counts.values())]:
+    for key in order[: total - sum(counts.values())]:
         counts[key] += 1
     return counts
 
-# %% ../../nbs/2_curriculum/00_plan.ipynb #04959533
+# %% ../../nbs/2_curriculum/00_plan.ipynb #f6c9f79d
 @dataclass(frozen=True)
 class Take:
     "Some records of one cell: `count` of `pool` (new or seen), counted towards `asked_tier`."
+
     domain: str
     tier: str
     pool: str
@@ -40,14 +41,18 @@ class Take:
 
     @property
     def reason(self) -> str:
-        share = (f"{self.tier} share of the mix" if self.tier == self.asked_tier
-                 else f"fills a shortfall of {self.asked_tier}")
+        share = (
+            f"{self.tier} share of the mix"
+            if self.tier == self.asked_tier
+            else f"fills a shortfall of {self.asked_tier}"
+        )
         return share + (", used in an earlier phase" if self.pool == "seen" else "")
 
-
+# %% ../../nbs/2_curriculum/00_plan.ipynb #a646e897
 @dataclass
 class PhasePlan:
     "The plan of one phase. Counts are records."
+
     phase: str
     target: int
     asked: dict[str, int]
@@ -76,10 +81,13 @@ class PhasePlan:
     def _repr_markdown_(self) -> str:
         rows = "\n".join(f"| {t} | {self.asked[t]} | {self.stock[t]} | {self.achieved[t]} |" for t in TIERS)
         notes = "".join(f"\n- {n}" for n in self.notes)
-        return (f"**Phase {self.phase}**: {self.total} of {self.target} records from {len(self.domains())} domains\n\n"
-                f"| tier | asked | available | achieved |\n|---|---:|---:|---:|\n{rows}\n{notes}")
+        return (
+            f"**Phase {self.phase}**: {self.total} of {self.target} records "
+            f"from {len(self.domains())} domains\n\n"
+            f"| tier | asked | available | achieved |\n|---|---:|---:|---:|\n{rows}\n{notes}"
+        )
 
-# %% ../../nbs/2_curriculum/00_plan.ipynb #a9906d39
+# %% ../../nbs/2_curriculum/00_plan.ipynb #2b9bd5fa
 class _Dealer:
     "Deals records to domains, holding the cap and the running totals."
 
@@ -105,34 +113,76 @@ class _Dealer:
                 heapq.heappush(heap, height(domain))
         return dealt
 
-
+# %% ../../nbs/2_curriculum/00_plan.ipynb #9447c077
 def tier_distance(tier: str) -> list[str]:
     "The other tiers, nearest first, the harder one before the easier at equal distance."
     here = TIERS.index(tier)
-    return sorted((t for t in TIERS if t != tier), key=lambda t: (abs(TIERS.index(t) - here), -TIERS.index(t)))
+    return sorted(
+        (t for t in TIERS if t != tier), key=lambda t: (abs(TIERS.index(t) - here), -TIERS.index(t))
+    )
 
-# %% ../../nbs/2_curriculum/00_plan.ipynb #41d5484c
+# %% ../../nbs/2_curriculum/00_plan.ipynb #65b405ec
 def domain_cap(share: float, target: int, domains: int) -> tuple[int, list[str]]:
-    "Most records one domain may give, and a note where the cap had to be raised to what the domains can fill."
+    "Most records one domain may give, and a note where the cap was raised to what the domains can fill."
     if share * domains >= 1:
         return max(1, int(share * target + 1e-9)), []
-    return -(-target // domains), [f"a cap of {share:.0%} cannot hold with {domains} domains; raised to {1 / domains:.0%}"]
+    return -(-target // domains), [
+        f"a cap of {share:.0%} cannot hold with {domains} domains; raised to {1 / domains:.0%}"
+    ]
 
-# %% ../../nbs/2_curriculum/00_plan.ipynb #1b2b8cc5
+# %% ../../nbs/2_curriculum/00_plan.ipynb #48610652
+def _fill(plan: PhasePlan, dealer: _Dealer, tier: str, asked_tier: str, count: int) -> int:
+    "Deal from new records, then from seen ones; returns how many are still missing."
+    for pool in ("new", "seen"):
+        dealt = dealer.deal(tier, pool, count)
+        plan.takes += [Take(d, tier, pool, asked_tier, n) for d, n in sorted(dealt.items())]
+        count -= sum(dealt.values())
+    return count
+
+
+def _make_up(plan: PhasePlan, dealer: _Dealer, tier: str, lacking: int, shortfall: str) -> None:
+    "Apply the shortfall policy to one tier and note what it did."
+    stock = f"stock {plan.stock[tier]}, cap {dealer.cap} a domain"
+    said = f"{tier}: asked {plan.asked[tier]}, {lacking} short ({stock})"
+    if shortfall == "strict":
+        raise ShortfallError(
+            f"phase {plan.phase}: {said}; lower the target, change the mix, "
+            f"or use curriculum.shortfall=nearest"
+        )
+    if shortfall == "nearest":
+        for other in tier_distance(tier):
+            left = _fill(plan, dealer, other, tier, lacking)
+            if left < lacking:
+                plan.notes.append(f"{said}; {lacking - left} taken from {other}")
+            lacking = left
+    if lacking:
+        plan.notes.append(f"{said}; the phase is {lacking} records smaller")
+
+# %% ../../nbs/2_curriculum/00_plan.ipynb #31ff24ed
 def plan_phase(
-    phase: str,                            # A, B or C
-    config: PhaseConfig,                   # mix, cap and weight
-    target: int,                           # records wanted
-    index: pl.DataFrame,                   # bucket index: at least id, domain, tier
-    seen: frozenset[str] = frozenset(),    # ids that earlier phases of the cycle used
+    phase: str,  # A, B or C
+    config: PhaseConfig,  # mix, cap and weight
+    target: int,  # records wanted
+    index: pl.DataFrame,  # bucket index: at least id, domain, tier
+    seen: frozenset[str] = frozenset(),  # ids that earlier phases of the cycle used
     high_risk: frozenset[str] = frozenset(),
-    shortfall: str = "nearest",            # strict, nearest or undershoot
+    shortfall: str = "nearest",  # strict, nearest or undershoot
 ) -> PhasePlan:
     "Integers per domain × tier, never over stock or cap. Raises `ShortfallError` under `strict`."
-    counts = index.with_columns(pl.when(pl.col("id").is_in(list(seen))).then(pl.lit("seen"))
-                                .otherwise(pl.lit("new")).alias("pool")).group_by("domain", "tier", "pool").len()
+    counts = (
+        index.with_columns(
+            pl.when(pl.col("id").is_in(list(seen)))
+            .then(pl.lit("seen"))
+            .otherwise(pl.lit("new"))
+            .alias("pool")
+        )
+        .group_by("domain", "tier", "pool")
+        .len()
+    )
     stock = {(d, t, p): n for d, t, p, n in counts.iter_rows()}
-    weights = {d: config.high_risk_weight if d in high_risk else 1.0 for d in sorted({d for d, _, _ in stock})}
+    weights = {
+        d: config.high_risk_weight if d in high_risk else 1.0 for d in sorted({d for d, _, _ in stock})
+    }
     cap, notes = domain_cap(config.max_domain_share, target, len(weights))
     dealer = _Dealer(stock, cap, weights)
     asked = apportion(target, {t: config.mix.get(t, 0.0) for t in TIERS})
@@ -145,28 +195,3 @@ def plan_phase(
         if lacking:
             _make_up(plan, dealer, tier, lacking, shortfall)
     return plan
-
-
-def _fill(plan: PhasePlan, dealer: _Dealer, tier: str, asked_tier: str, count: int) -> int:
-    "Deal from new records, then from seen ones; returns how many are still missing."
-    for pool in ("new", "seen"):
-        dealt = dealer.deal(tier, pool, count)
-        plan.takes += [Take(d, tier, pool, asked_tier, n) for d, n in sorted(dealt.items())]
-        count -= sum(dealt.values())
-    return count
-
-
-def _make_up(plan: PhasePlan, dealer: _Dealer, tier: str, lacking: int, shortfall: str) -> None:
-    "Apply the shortfall policy to one tier and note what it did."
-    said = f"{tier}: asked {plan.asked[tier]}, {lacking} short (stock {plan.stock[tier]}, cap {dealer.cap} a domain)"
-    if shortfall == "strict":
-        raise ShortfallError(f"phase {plan.phase}: {said}; lower the target, change the mix, "
-                             f"or use curriculum.shortfall=nearest")
-    if shortfall == "nearest":
-        for other in tier_distance(tier):
-            left = _fill(plan, dealer, other, tier, lacking)
-            if left < lacking:
-                plan.notes.append(f"{said}; {lacking - left} taken from {other}")
-            lacking = left
-    if lacking:
-        plan.notes.append(f"{said}; the phase is {lacking} records smaller")

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SampleError', 'queue_place', 'queued', 'hold_out', 'PhaseSample', 'choose', 'arrange', 'sample_phases',
-           'write_samples', 'banner']
+           'manifest_rows', 'write_samples', 'banner']
 
-# %% ../../nbs/2_curriculum/01_sampling.ipynb #7a02a344
+# %% ../../nbs/2_curriculum/01_sampling.ipynb #e6eb320c
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,14 +21,16 @@ from ..corpus.taxonomy import high_risk_domains, load_taxonomy
 from .plan import PhasePlan, apportion, plan_phase
 from ..recipes import CurriculumConfig, PhaseConfig
 
-# %% ../../nbs/2_curriculum/01_sampling.ipynb #ec220975
+# %% ../../nbs/2_curriculum/01_sampling.ipynb #19c7fd9a
 class SampleError(ValueError):
     "A sample that cannot be drawn; the message names what is missing."
 
 
 def queue_place(seed: int, purpose: str, record_id: str) -> int:
     "Place of a record in the queue of a seed and purpose: 64 bits of BLAKE2b."
-    digest = hashlib.blake2b(record_id.encode(), digest_size=8, key=f"{seed}/{purpose}".encode()[:64]).digest()
+    digest = hashlib.blake2b(
+        record_id.encode(), digest_size=8, key=f"{seed}/{purpose}".encode()[:64]
+    ).digest()
     return int.from_bytes(digest, "big")
 
 
@@ -36,18 +39,21 @@ def queued(index: pl.DataFrame, seed: int, purpose: str) -> pl.DataFrame:
     places = [queue_place(seed, purpose, i) for i in index["id"]]
     return index.with_columns(pl.Series("place", places, dtype=pl.UInt64)).sort("place", "id")
 
-# %% ../../nbs/2_curriculum/01_sampling.ipynb #30da3919
+# %% ../../nbs/2_curriculum/01_sampling.ipynb #bcdc0d43
 def hold_out(index: pl.DataFrame, count: int, seed: int) -> pl.DataFrame:
     "Up to `count` rows, dealt over domain × tier cells; no cell gives more than a fifth."
     rows = queued(index, seed, "held out").with_columns(
-        pl.int_range(pl.len()).over("domain", "tier").alias("rank"), pl.len().over("domain", "tier").alias("cell_size"))
+        pl.int_range(pl.len()).over("domain", "tier").alias("rank"),
+        pl.len().over("domain", "tier").alias("cell_size"),
+    )
     allowed = rows.filter(pl.col("rank") < pl.col("cell_size") // 5)
     return allowed.sort("rank", "place").head(count).sort("domain", "tier", "id").select(index.columns)
 
-# %% ../../nbs/2_curriculum/01_sampling.ipynb #b947c4b9
+# %% ../../nbs/2_curriculum/01_sampling.ipynb #9bb7d03e
 @dataclass(frozen=True)
 class PhaseSample:
     "The rows of a phase in training order (index columns plus `reason`), and the plan they fill."
+
     plan: PhasePlan
     rows: pl.DataFrame
 
@@ -55,8 +61,12 @@ class PhaseSample:
 def choose(index: pl.DataFrame, plan: PhasePlan, seen: frozenset[str], seed: int) -> pl.DataFrame:
     "The first records of each cell's queue, new ones before seen ones, with the reason of each."
     pool = pl.when(pl.col("id").is_in(list(seen))).then(pl.lit("seen")).otherwise(pl.lit("new"))
-    cells = {key: rows for key, rows in queued(index, seed, "select").with_columns(pool.alias("pool"))
-             .group_by("domain", "tier", "pool", maintain_order=True)}
+    cells = {
+        key: rows
+        for key, rows in queued(index, seed, "select")
+        .with_columns(pool.alias("pool"))
+        .group_by("domain", "tier", "pool", maintain_order=True)
+    }
     taken: dict[tuple, int] = {}
     parts = []
     for take in plan.takes:
@@ -66,71 +76,114 @@ def choose(index: pl.DataFrame, plan: PhasePlan, seen: frozenset[str], seed: int
         parts.append(cells[key].slice(start, take.count).with_columns(pl.lit(take.reason).alias("reason")))
     return pl.concat(parts) if parts else index.clear().with_columns(pl.lit("").alias("reason"))
 
-
+# %% ../../nbs/2_curriculum/01_sampling.ipynb #0145f83e
 def arrange(rows: pl.DataFrame, phase: str, order: str, seed: int) -> pl.DataFrame:
     "Rows in training order: domain blocks from easy to hard, or shuffled."
     if order == "shuffled":
         return queued(rows, seed, f"order of {phase}")
     domains = {name: n for n, name in enumerate(load_taxonomy())}
-    return rows.sort(pl.col("domain").replace_strict(domains, default=len(domains), return_dtype=pl.Int64), "domain",
-                     pl.col("tier").replace_strict({t: n for n, t in enumerate(TIERS)}, return_dtype=pl.Int64),
-                     "place", "id")
+    return rows.sort(
+        pl.col("domain").replace_strict(domains, default=len(domains), return_dtype=pl.Int64),
+        "domain",
+        pl.col("tier").replace_strict({t: n for n, t in enumerate(TIERS)}, return_dtype=pl.Int64),
+        "place",
+        "id",
+    )
 
-
+# %% ../../nbs/2_curriculum/01_sampling.ipynb #438ba512
 def sample_phases(
-    index: pl.DataFrame,                 # bucket index, held-out rows removed
-    phases: dict[str, PhaseConfig],      # the recipe's phases
-    wanted: str,                         # all, A, B or C
-    config: CurriculumConfig,            # target, seed, shortfall policy
-    max_length: int | None = None,       # tokens; longer records are left out
+    index: pl.DataFrame,  # bucket index, held-out rows removed
+    phases: dict[str, PhaseConfig],  # the recipe's phases
+    wanted: str,  # all, A, B or C
+    config: CurriculumConfig,  # target, seed, shortfall policy
+    max_length: int | None = None,  # tokens; longer records are left out
 ) -> dict[str, PhaseSample]:
     "Plan and draw phases in turn; `all` splits the target over them, one phase takes it whole."
     names = list(phases) if wanted == "all" else [wanted]
     usable = index.filter(pl.col("n_tokens") <= max_length) if max_length else index
     if usable.is_empty():
-        raise SampleError(f"none of {index.height} records is within {max_length} tokens (the shortest has "
-                          f"{index['n_tokens'].min()}); raise training.max_length")
-    targets = (apportion(config.target_records, {n: phases[n].share for n in names}) if wanted == "all"
-               else {wanted: config.target_records})
+        raise SampleError(
+            f"none of {index.height} records is within {max_length} tokens (the shortest has "
+            f"{index['n_tokens'].min()}); raise training.max_length"
+        )
+    targets = (
+        apportion(config.target_records, {n: phases[n].share for n in names})
+        if wanted == "all"
+        else {wanted: config.target_records}
+    )
     seen: frozenset[str] = frozenset()
     samples = {}
     for name in names:
-        plan = plan_phase(name, phases[name], targets[name], usable, seen, frozenset(high_risk_domains()),
-                          config.shortfall)
+        plan = plan_phase(
+            name, phases[name], targets[name], usable, seen, frozenset(high_risk_domains()), config.shortfall
+        )
         if not plan.total:
-            raise SampleError(f"phase {name} got no record: target {targets[name]}, stock {plan.stock}; "
-                              f"raise curriculum.target_records or bring more records")
+            raise SampleError(
+                f"phase {name} got no record: target {targets[name]}, stock {plan.stock}; "
+                f"raise curriculum.target_records or bring more records"
+            )
         rows = arrange(choose(usable, plan, seen, config.seed), name, phases[name].order, config.seed)
         samples[name] = PhaseSample(plan, rows.select(*index.columns, "reason"))
         seen |= set(rows["id"])
     return samples
 
-# %% ../../nbs/2_curriculum/01_sampling.ipynb #0399a13c
-def write_samples(samples: dict[str, PhaseSample], buckets: Path, out: Path, stamp: str | None = None) -> dict[str, dict]:
-    "Write manifest and merged file of each phase below `out/curriculum_runs`; returns their paths and totals."
+# %% ../../nbs/2_curriculum/01_sampling.ipynb #6db1316e
+def manifest_rows(phase: str, rows: pl.DataFrame) -> Iterator[dict]:
+    "One entry a record, in training order; `position` counts from 0."
+    for n, row in enumerate(rows.iter_rows(named=True)):
+        yield {
+            "id": row["id"],
+            "position": n,
+            "phase": phase,
+            "domain": row["domain"],
+            "tier": row["tier"],
+            "source": row["source"],
+            "tokens": row["n_tokens"],
+            "reason": row["reason"],
+        }
+
+
+def write_samples(
+    samples: dict[str, PhaseSample], buckets: Path, out: Path, stamp: str | None = None
+) -> dict[str, dict]:
+    "Write manifest and merged file of each phase to `out/curriculum_runs`; returns their paths and totals."
     stamp = stamp or datetime.now().strftime("%Y%m%d_%H%M%S")
     folder, written = Path(out) / "curriculum_runs", {}
     for phase, sample in samples.items():
         manifest = folder / f"manifest_phase{phase}_{stamp}.jsonl"
         merged = folder / f"merged_phase{phase}_{stamp}.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        write_jsonl(manifest, ({"id": row["id"], "position": n, "phase": phase, "domain": row["domain"],
-                                "tier": row["tier"], "source": row["source"], "tokens": row["n_tokens"],
-                                "reason": row["reason"]} for n, row in enumerate(sample.rows.iter_rows(named=True))))
+        write_jsonl(manifest, manifest_rows(phase, sample.rows))
         write_jsonl(merged, read_records(buckets, sample.rows))
-        written[phase] = {"manifest": manifest, "merged": merged, "records": sample.rows.height,
-                          "tokens": int(sample.rows["n_tokens"].sum()), "tiers": sample.plan.achieved,
-                          "domains": sample.plan.domains(), "notes": sample.plan.notes}
+        written[phase] = {
+            "manifest": manifest,
+            "merged": merged,
+            "records": sample.rows.height,
+            "tokens": int(sample.rows["n_tokens"].sum()),
+            "tiers": sample.plan.achieved,
+            "domains": sample.plan.domains(),
+            "notes": sample.plan.notes,
+        }
     return written
 
-
+# %% ../../nbs/2_curriculum/01_sampling.ipynb #3684cbc8
 def banner(written: dict[str, dict], buckets: Path, out: Path, wanted: str, seed: int) -> str:
     "What the sampler did, for a terminal: when, from where, to where, and the totals of each phase."
-    lines = [f"Curriculum sample  {datetime.now():%Y-%m-%d %H:%M:%S}", f"  buckets {buckets}", f"  output  {out}",
-             f"  phase   {wanted}", f"  seed    {seed}"]
+    lines = [
+        f"Curriculum sample  {datetime.now():%Y-%m-%d %H:%M:%S}",
+        f"  buckets {buckets}",
+        f"  output  {out}",
+        f"  phase   {wanted}",
+        f"  seed    {seed}",
+    ]
     for phase, info in written.items():
         tiers = " · ".join(f"{t} {n} ({n / info['records']:.0%})" for t, n in info["tiers"].items())
-        lines += [f"Phase {phase}: {info['records']:,} records, {info['tokens']:,} tokens, "
-                  f"{len(info['domains'])} domains", f"  {tiers}", *(f"  shortfall: {n}" for n in info["notes"]),
-                  f"  {info['manifest']}", f"  {info['merged']}"]
+        lines += [
+            f"Phase {phase}: {info['records']:,} records, {info['tokens']:,} tokens, "
+            f"{len(info['domains'])} domains",
+            f"  {tiers}",
+            *(f"  shortfall: {n}" for n in info["notes"]),
+            f"  {info['manifest']}",
+            f"  {info['merged']}",
+        ]
     return "\n".join(lines)

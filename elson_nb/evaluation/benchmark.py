@@ -14,8 +14,12 @@ from pathlib import Path
 
 from ..recipes import PROMPT_TEMPLATE
 
-# %% ../../nbs/4_evaluation/00_benchmark.ipynb #62bebc59
-BENCHMARK = Path(__file__).parent.parent / "benchmark" if "__file__" in globals() else Path("../../elson_nb/benchmark")
+# %% ../../nbs/4_evaluation/00_benchmark.ipynb #a98fd977
+BENCHMARK = (
+    Path(__file__).parent.parent / "benchmark"
+    if "__file__" in globals()
+    else Path("../../elson_nb/benchmark")
+)
 
 
 class BenchmarkError(ValueError):
@@ -24,7 +28,8 @@ class BenchmarkError(ValueError):
 
 @dataclass(frozen=True)
 class Question:
-    "One question. `answer` is the index of the right choice, or a number with `unit` and relative `tolerance`."
+    "One question. `answer` is the right choice's index, or a figure with `unit` and `tolerance` (relative)."
+
     id: str
     quiz: str
     kind: str
@@ -38,7 +43,7 @@ class Question:
     unit: str = ""
     tolerance: float = 0.0
 
-
+# %% ../../nbs/4_evaluation/00_benchmark.ipynb #0b00cb8d
 def quiz_names() -> list[str]:
     return sorted(p.stem for p in BENCHMARK.glob("*.json") if p.stem != "inference_test")
 
@@ -53,10 +58,16 @@ def load_quiz(name: str, limit: int | None = None) -> list[Question]:
         return questions
     kinds = {k: [q for q in questions if q.kind == k] for k in ("multiple_choice", "numeric")}
     numeric = min(len(kinds["numeric"]), max(1, limit // 3) if limit > 1 else 0)
-    return kinds["multiple_choice"][:limit - numeric] + kinds["numeric"][:numeric]
+    return kinds["multiple_choice"][: limit - numeric] + kinds["numeric"][:numeric]
 
-# %% ../../nbs/4_evaluation/00_benchmark.ipynb #899f1357
-UNITS = {"usd": "in dollars", "percent": "in percent", "years": "in years", "ratio": "as a ratio", "shares": "in shares"}
+# %% ../../nbs/4_evaluation/00_benchmark.ipynb #833be5c0
+UNITS = {
+    "usd": "in dollars",
+    "percent": "in percent",
+    "years": "in years",
+    "ratio": "as a ratio",
+    "shares": "in shares",
+}
 
 
 def ask(question: Question, template: str = PROMPT_TEMPLATE) -> str:
@@ -64,7 +75,7 @@ def ask(question: Question, template: str = PROMPT_TEMPLATE) -> str:
     unit = f" Answer with one figure {UNITS.get(question.unit, '')}." if question.kind == "numeric" else ""
     return template.replace("{question}", question.question + unit.replace(" .", "."))
 
-# %% ../../nbs/4_evaluation/00_benchmark.ipynb #5f9e2c5c
+# %% ../../nbs/4_evaluation/00_benchmark.ipynb #fdfcff1d
 NUMBER = re.compile(r"(?<![\w.])[-−]?\$?\s?\d[\d,]*(?:\.\d+)?")
 
 
@@ -76,4 +87,6 @@ def last_number(text: str) -> float | None:
 
 def is_right(question: Question, answer: float | None) -> bool:
     "Whether a numeric answer lies within the question's relative tolerance."
-    return answer is not None and abs(answer - question.answer) <= question.tolerance * max(abs(question.answer), 1e-12)
+    return answer is not None and abs(answer - question.answer) <= question.tolerance * max(
+        abs(question.answer), 1e-12
+    )

@@ -22,45 +22,76 @@ from ..recipes import PROMPT_TEMPLATE, EvaluationConfig
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default that a task leaves alone
 
-# %% ../../nbs/4_evaluation/01_harness.ipynb #d2bba99e
+# %% ../../nbs/4_evaluation/01_harness.ipynb #33804262
 def task_of(name: str, questions: list[Question], template: str, config: EvaluationConfig) -> dict:
     "Harness task of questions of one kind; each document carries its prompt and the number of the question."
-    rows = [{"number": n, "prompt": ask(q, template), "choices": list(q.choices), "answer": q.answer}
-            for n, q in enumerate(questions)]
-    task = {"task": name, "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)}, "test_split": "test",
-            "doc_to_text": lambda doc: doc["prompt"], "target_delimiter": "", "num_fewshot": 0}
+    rows = [
+        {"number": n, "prompt": ask(q, template), "choices": list(q.choices), "answer": q.answer}
+        for n, q in enumerate(questions)
+    ]
+    task = {
+        "task": name,
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
+        "test_split": "test",
+        "doc_to_text": lambda doc: doc["prompt"],
+        "target_delimiter": "",
+        "num_fewshot": 0,
+    }
     if questions[0].kind == "multiple_choice":
-        return task | {"output_type": "multiple_choice", "doc_to_choice": lambda doc: doc["choices"],
-                       "doc_to_target": lambda doc: int(doc["answer"]),
-                       "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True}
-                                       for m in ("acc", "acc_norm")]}
+        return task | {
+            "output_type": "multiple_choice",
+            "doc_to_choice": lambda doc: doc["choices"],
+            "doc_to_target": lambda doc: int(doc["answer"]),
+            "metric_list": [
+                {"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")
+            ],
+        }
     judge = lambda doc, results: {"right": float(is_right(questions[doc["number"]], last_number(results[0])))}
-    return task | {"output_type": "generate_until", "doc_to_target": lambda doc: str(doc["answer"]),
-                   "generation_kwargs": {"until": ["### Instruction:"], "do_sample": False,
-                                         "max_gen_toks": config.numeric_max_new_tokens},
-                   "process_results": judge,
-                   "metric_list": [{"metric": "right", "aggregation": "mean", "higher_is_better": True}]}
+    return task | {
+        "output_type": "generate_until",
+        "doc_to_target": lambda doc: str(doc["answer"]),
+        "generation_kwargs": {
+            "until": ["### Instruction:"],
+            "do_sample": False,
+            "max_gen_toks": config.numeric_max_new_tokens,
+        },
+        "process_results": judge,
+        "metric_list": [{"metric": "right", "aggregation": "mean", "higher_is_better": True}],
+    }
 
-
+# %% ../../nbs/4_evaluation/01_harness.ipynb #df1768fd
 def answer_row(question: Question, sample: dict) -> dict:
     "What a report and a comparison need of one answered question."
-    row = {"id": question.id, "quiz": question.quiz, "domain": question.domain, "tier": question.tier,
-           "kind": question.kind, "question": question.question}
+    row = {
+        "id": question.id,
+        "quiz": question.quiz,
+        "domain": question.domain,
+        "tier": question.tier,
+        "kind": question.kind,
+        "question": question.question,
+    }
     if question.kind == "multiple_choice":
         likelihood = [float(r[0]) for r in sample["filtered_resps"]]
         each = [v / max(1, len(c.encode())) for v, c in zip(likelihood, question.choices)]
-        return row | {"right": bool(sample["acc_norm"]), "given": question.choices[each.index(max(each))],
-                      "expected": question.choices[int(question.answer)]}
+        return row | {
+            "right": bool(sample["acc_norm"]),
+            "given": question.choices[each.index(max(each))],
+            "expected": question.choices[int(question.answer)],
+        }
     text = sample["filtered_resps"][0]
-    return row | {"right": bool(sample["right"]), "given": text.strip(), "expected": f"{question.answer:,} {question.unit}"}
+    return row | {
+        "right": bool(sample["right"]),
+        "given": text.strip(),
+        "expected": f"{question.answer:,} {question.unit}",
+    }
 
-# %% ../../nbs/4_evaluation/01_harness.ipynb #66a8bbe4
+# %% ../../nbs/4_evaluation/01_harness.ipynb #c7378230
 def run_benchmark(
-    model,                                               # a causal LM, with or without an adapter
+    model,  # a causal LM, with or without an adapter
     tokenizer,
-    config: EvaluationConfig,                            # quizzes, limit, batch size
+    config: EvaluationConfig,  # quizzes, limit, batch size
     template: str = PROMPT_TEMPLATE,
-    on_quiz: Callable[[dict], None] | None = None,       # called after each quiz: done, total, right, seconds left
+    on_quiz: Callable[[dict], None] | None = None,  # called after each quiz: done, total, right, seconds left
 ) -> list[dict]:
     "One row a question: id, quiz, domain, tier, kind, question, given, expected, right."
     names = config.quizzes or quiz_names()
@@ -73,11 +104,22 @@ def run_benchmark(
             if not questions:
                 continue
             task = task_of(f"{name}_{kind}", questions, template, config)
-            with contextlib.redirect_stderr(io.StringIO()):  # its bars ignore TQDM_DISABLE; errors raise all the same
-                result = simple_evaluate(lm, tasks=[task], log_samples=True, bootstrap_iters=0, task_manager=tasks)
+            # the harness's bars ignore TQDM_DISABLE; errors raise all the same
+            with contextlib.redirect_stderr(io.StringIO()):
+                result = simple_evaluate(
+                    lm, tasks=[task], log_samples=True, bootstrap_iters=0, task_manager=tasks
+                )
             samples = sorted(result["samples"][task["task"]], key=lambda s: s["doc_id"])
             rows += [answer_row(q, s) for q, s in zip(questions, samples, strict=True)]
         if on_quiz:
-            on_quiz({"step": done, "steps": len(names), "quiz": name, "right": sum(r["right"] for r in rows),
-                     "asked": len(rows), "seconds_left": (time.perf_counter() - started) / done * (len(names) - done)})
+            on_quiz(
+                {
+                    "step": done,
+                    "steps": len(names),
+                    "quiz": name,
+                    "right": sum(r["right"] for r in rows),
+                    "asked": len(rows),
+                    "seconds_left": (time.perf_counter() - started) / done * (len(names) - done),
+                }
+            )
     return rows

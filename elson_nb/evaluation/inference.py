@@ -21,28 +21,44 @@ def inference_questions() -> list[dict]:
     "The five questions: id, domain, question."
     return json.loads((BENCHMARK / "inference_test.json").read_text(encoding="utf-8"))
 
-# %% ../../nbs/4_evaluation/03_inference.ipynb #76d42a93
+# %% ../../nbs/4_evaluation/03_inference.ipynb #2636142c
 @torch.no_grad()
-def generate_answer(model, tokenizer, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> dict:
-    "One sampled answer: text, tokens, latency in seconds, whether it ended by itself. Temperature 0 is greedy."
+def generate_answer(
+    model, tokenizer, prompt: str, max_new_tokens: int, temperature: float, seed: int
+) -> dict:
+    "One sampled answer: text, tokens, latency (s), whether it ended by itself. Temperature 0 is greedy."
     device = next(model.parameters()).device
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(device)
     torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        if temperature
+        else {"do_sample": False}
+    )
     started = time.perf_counter()
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, use_cache=True,
-                            pad_token_id=tokenizer.pad_token_id, **sampling)
-    new = output[0, inputs["input_ids"].shape[1]:].tolist()
+    output = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )
+    new = output[0, inputs["input_ids"].shape[1] :].tolist()
     ended = bool(new) and new[-1] == tokenizer.eos_token_id
     text = tokenizer.decode(new, skip_special_tokens=True).strip()
-    return {"answer": text, "tokens": len(new), "latency_s": round(time.perf_counter() - started, 2), "ended": ended}
+    return {
+        "answer": text,
+        "tokens": len(new),
+        "latency_s": round(time.perf_counter() - started, 2),
+        "ended": ended,
+    }
 
-
+# %% ../../nbs/4_evaluation/03_inference.ipynb #3a812a6d
 def run_inference_test(
     model,
     tokenizer,
-    recipe: Recipe,                                       # tokens, temperature, seed, prompt template
-    on_question: Callable[[dict], None] | None = None,    # called after each answer
+    recipe: Recipe,  # tokens, temperature, seed, prompt template
+    on_question: Callable[[dict], None] | None = None,  # called after each answer
 ) -> list[dict]:
     "Five rows: id, domain, question, answer, preview, length (characters), tokens, latency_s, ended."
     config, rows = recipe.evaluation, []
@@ -50,10 +66,18 @@ def run_inference_test(
     model.eval()
     for number, question in enumerate(inference_questions(), start=1):
         prompt = format_prompt(question["question"], template=recipe.training.prompt_template)
-        made = generate_answer(model, tokenizer, prompt, config.inference_max_new_tokens, config.inference_temperature,
-                               recipe.training.seed + number)
+        made = generate_answer(
+            model,
+            tokenizer,
+            prompt,
+            config.inference_max_new_tokens,
+            config.inference_temperature,
+            recipe.training.seed + number,
+        )
         rows.append({**question, **made, "length": len(made["answer"]), "preview": made["answer"][:160]})
         if on_question:
-            on_question({"step": number, "steps": 5, "domain": question["domain"], "latency_s": made["latency_s"]})
+            on_question(
+                {"step": number, "steps": 5, "domain": question["domain"], "latency_s": made["latency_s"]}
+            )
     model.train(was_training)
     return rows

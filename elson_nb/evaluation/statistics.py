@@ -13,13 +13,14 @@ import numpy as np
 from scipy.stats import binomtest
 from statsmodels.stats.proportion import proportion_confint
 
-# %% ../../nbs/4_evaluation/02_statistics.ipynb #36b19c37
+# %% ../../nbs/4_evaluation/02_statistics.ipynb #0c35b921
 PASS, FAIL, CANNOT_TELL, NOT_MEASURED = "PASS", "FAIL", "CANNOT TELL", "NOT MEASURED"
 
 
 @dataclass(frozen=True)
 class Interval:
     "An estimate with its 95% interval and the number of observations behind it."
+
     value: float
     low: float
     high: float
@@ -31,7 +32,7 @@ class Interval:
     def percent(self) -> str:
         return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}], n={self.n}"
 
-# %% ../../nbs/4_evaluation/02_statistics.ipynb #127c0ebb
+# %% ../../nbs/4_evaluation/02_statistics.ipynb #6dc6efac
 def wilson(right: int, n: int) -> Interval:
     "Share of right answers with its Wilson 95% interval; an empty sample says nothing: [0, 1]."
     if n == 0:
@@ -39,17 +40,18 @@ def wilson(right: int, n: int) -> Interval:
     low, high = proportion_confint(right, n, alpha=0.05, method="wilson")
     return Interval(right / n, float(low), float(high), n)
 
-
+# %% ../../nbs/4_evaluation/02_statistics.ipynb #516a7290
 def verdict_above(interval: Interval, target: float) -> str:
-    "PASS when the interval lies above the target, FAIL when below, else CANNOT TELL; NOT MEASURED when n is 0."
+    "PASS when the interval is above the target, FAIL below it, else CANNOT TELL; NOT MEASURED when n is 0."
     if interval.n == 0:
         return NOT_MEASURED
     return PASS if interval.low > target else FAIL if interval.high < target else CANNOT_TELL
 
-# %% ../../nbs/4_evaluation/02_statistics.ipynb #7ea693f9
+# %% ../../nbs/4_evaluation/02_statistics.ipynb #9a6bb3e2
 @dataclass(frozen=True)
 class PairedResult:
     "A paired comparison of right answers: counts gained and lost, exact p-value, verdict at 5%."
+
     gained: int
     lost: int
     n: int
@@ -60,7 +62,9 @@ class PairedResult:
 def compare_answers(before: list[bool], after: list[bool]) -> PairedResult:
     "McNemar's exact test. PASS means *after* is better, FAIL means it is worse."
     if len(before) != len(after):
-        raise ValueError(f"{len(before)} answers before and {len(after)} after; the questions must be the same")
+        raise ValueError(
+            f"{len(before)} answers before and {len(after)} after; the questions must be the same"
+        )
     gained = sum(b and not a for a, b in zip(before, after, strict=True))
     lost = sum(a and not b for a, b in zip(before, after, strict=True))
     p_value = float(binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
@@ -84,7 +88,9 @@ def verdict_falls(interval: Interval) -> str:
         return NOT_MEASURED
     return PASS if interval.high < 0 else FAIL if interval.low > 0 else CANNOT_TELL
 
-# %% ../../nbs/4_evaluation/02_statistics.ipynb #a1fb0009
+# %% ../../nbs/4_evaluation/02_statistics.ipynb #1cac1745
 def overall(verdicts: list[str]) -> str:
     "The gravest of several verdicts."
-    return next((v for v in (FAIL, NOT_MEASURED, CANNOT_TELL) if v in verdicts), PASS if verdicts else NOT_MEASURED)
+    return next(
+        (v for v in (FAIL, NOT_MEASURED, CANNOT_TELL) if v in verdicts), PASS if verdicts else NOT_MEASURED
+    )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROBES', 'TOLERANCE', 'ReleaseError', 'check_releasable', 'probe_logits', 'Agreement', 'compare_logits',
-           'merge_release']
+           'require_agreement', 'merge_release']
 
 # %% ../../nbs/5_release/00_merge.ipynb #076dbe59
 import json
@@ -20,41 +20,53 @@ from ..training.base import load_base
 from ..training.batches import format_prompt
 from ..training.phase import attach_adapter
 
-# %% ../../nbs/5_release/00_merge.ipynb #a1d6e5b3
+# %% ../../nbs/5_release/00_merge.ipynb #71e328a1
 class ReleaseError(RuntimeError):
     "An artifact that may not be released; the message names it and why."
 
 
 def check_releasable(adapter: Path) -> dict:
-    "Configuration of a DoRA adapter. Raises `ReleaseError` for a missing one, an unsafe file or a plain LoRA."
+    "Configuration of a DoRA adapter; raises `ReleaseError` for none, an unsafe file or a plain LoRA."
     adapter = Path(adapter)
     if not (adapter / "adapter_config.json").is_file():
         raise ReleaseError(f"no adapter in {adapter}: adapter_config.json is missing")
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     if not config.get("use_dora"):
-        raise ReleaseError(f"'{adapter}' is a plain LoRA adapter (use_dora is false); LoRA is deprecated for release, "
-                           f"train with adapter.method=dora or qdora")
+        raise ReleaseError(
+            f"'{adapter}' is a plain LoRA adapter (use_dora is false); LoRA is deprecated for release, "
+            f"train with adapter.method=dora or qdora"
+        )
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ReleaseError(f"'{adapter}' has no adapter_model.safetensors; only safetensors are released")
     return config
 
-# %% ../../nbs/5_release/00_merge.ipynb #035bd07d
-PROBES = ("What is a bond ladder?", "How is a required minimum distribution computed?", "Debit cash 500, credit …",
-          "Call a tool for the price of MSFT.")
+# %% ../../nbs/5_release/00_merge.ipynb #7ab94814
+PROBES = (
+    "What is a bond ladder?",
+    "How is a required minimum distribution computed?",
+    "Debit cash 500, credit …",
+    "Call a tool for the price of MSFT.",
+)
 
 
 @torch.no_grad()
 def probe_logits(model, tokenizer, template: str) -> list[torch.Tensor]:
     "Logits of a few fixed prompts, each (length, vocabulary), in fp32."
     model.eval()
-    encoded = [tokenizer(format_prompt(p, template=template), return_tensors="pt", add_special_tokens=False)
-               for p in PROBES]
-    return [model(**e.to(next(model.parameters()).device), use_cache=False).logits[0].float().cpu() for e in encoded]
+    encoded = [
+        tokenizer(format_prompt(p, template=template), return_tensors="pt", add_special_tokens=False)
+        for p in PROBES
+    ]
+    return [
+        model(**e.to(next(model.parameters()).device), use_cache=False).logits[0].float().cpu()
+        for e in encoded
+    ]
 
-
+# %% ../../nbs/5_release/00_merge.ipynb #0ca3eb98
 @dataclass(frozen=True)
 class Agreement:
-    "How far two models' logits are apart, relative to their spread, and how often their next token is the same."
+    "How far two models' logits are apart, relative to their spread, and how often next tokens are the same."
+
     relative_difference: float
     same_next_token: float
 
@@ -65,26 +77,36 @@ class Agreement:
 def compare_logits(before: list[torch.Tensor], after: list[torch.Tensor]) -> Agreement:
     "Largest absolute difference over the standard deviation of *before*, and the share of equal next tokens."
     one, two = torch.cat(before), torch.cat(after)
-    return Agreement(float((one - two).abs().max() / one.std()),
-                     float((one.argmax(-1) == two.argmax(-1)).float().mean()))
+    return Agreement(
+        float((one - two).abs().max() / one.std()), float((one.argmax(-1) == two.argmax(-1)).float().mean())
+    )
 
-# %% ../../nbs/5_release/00_merge.ipynb #1c063d5a
+# %% ../../nbs/5_release/00_merge.ipynb #0760a38a
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 
 
+def require_agreement(agreement: Agreement, dtype: str) -> None:
+    "Raises `ReleaseError` when a merged model differs by more than the rounding of its precision explains."
+    if not agreement.passes(TOLERANCE[dtype]):
+        raise ReleaseError(
+            f"the merged model differs from base plus adapter by {agreement.relative_difference:.2g} "
+            f"of the logits' spread (allowed {TOLERANCE[dtype]:g}); not released"
+        )
+
+# %% ../../nbs/5_release/00_merge.ipynb #0e860609
 def merge_release(
-    recipe: Recipe,               # the run's resolved recipe
-    adapter: Path,                # the run's adapter folder
-    out: Path,                    # folder for the merged model; must not exist yet
-    base: Path | None = None,     # folder of the base; None = find it by the recipe
+    recipe: Recipe,  # the run's resolved recipe
+    adapter: Path,  # the run's adapter folder
+    out: Path,  # folder for the merged model; must not exist yet
+    base: Path | None = None,  # folder of the base; None = find it by the recipe
 ) -> dict:
-    "Merge, save as safetensors, read back and compare; returns the release note. Leaves nothing behind on failure."
+    "Merge, save, read back and compare; returns the release note. Leaves nothing behind on failure."
     check_releasable(adapter)
     out = Path(out)
     if out.exists():
         raise ReleaseError(f"{out} exists; remove it or choose another folder")
-    plain = replace(recipe, model=replace(recipe.model, quantization="none"),
-                    adapter=replace(recipe.adapter, method="dora"))  # a 4-bit base is merged in its full precision
+    unquantized, dora = replace(recipe.model, quantization="none"), replace(recipe.adapter, method="dora")
+    plain = replace(recipe, model=unquantized, adapter=dora)
     model, tokenizer = load_base(plain, base)
     model = attach_adapter(model, plain, adapter, trainable=False)
     before = probe_logits(model, tokenizer, recipe.training.prompt_template)
@@ -95,12 +117,15 @@ def merge_release(
         tokenizer.save_pretrained(partial)
         merged, _ = load_base(plain, partial)
         agreement = compare_logits(before, probe_logits(merged, tokenizer, recipe.training.prompt_template))
-        if not agreement.passes(TOLERANCE[recipe.model.dtype]):
-            raise ReleaseError(f"the merged model differs from base plus adapter by {agreement.relative_difference:.2g} "
-                               f"of the logits' spread (allowed {TOLERANCE[recipe.model.dtype]:g}); not released")
-        note = {"base": recipe.model.name, "method": recipe.adapter.method, "dtype": recipe.model.dtype,
-                "relative_logit_difference": agreement.relative_difference,
-                "same_next_token": agreement.same_next_token, "probes": len(PROBES)}
+        require_agreement(agreement, recipe.model.dtype)
+        note = {
+            "base": recipe.model.name,
+            "method": recipe.adapter.method,
+            "dtype": recipe.model.dtype,
+            "relative_logit_difference": agreement.relative_difference,
+            "same_next_token": agreement.same_next_token,
+            "probes": len(PROBES),
+        }
         write_json(partial / "release.json", note)
         partial.rename(out)
     finally:

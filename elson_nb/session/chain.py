@@ -30,9 +30,17 @@ from ..recipes import PHASES
 from .ledger import STEPS, Ledger, SessionError, digest, locked
 from ..store import file_sha256
 
-# %% ../../nbs/6_session/06_chain.ipynb #2547899c
+# %% ../../nbs/6_session/06_chain.ipynb #9e36b42b
 PHASE_NOTEBOOKS = (Path(__file__).parents[2] if "__file__" in globals() else Path("../..")) / "nbs" / "phases"
-BAD_INPUT = ("RecipeError", "BadSource", "BadRecord", "BucketError", "SampleError", "ShortfallError", "KnowledgeError")
+BAD_INPUT = (
+    "RecipeError",
+    "BadSource",
+    "BadRecord",
+    "BucketError",
+    "SampleError",
+    "ShortfallError",
+    "KnowledgeError",
+)
 
 
 class StepFailed(SessionError):
@@ -42,9 +50,9 @@ class StepFailed(SessionError):
         super().__init__(message)
         self.exit_code = exit_code
 
-# %% ../../nbs/6_session/06_chain.ipynb #dac00a7d
+# %% ../../nbs/6_session/06_chain.ipynb #197f7823
 def corpus_hash(sources: list[str]) -> str:
-    "Hash over the content of all source files, names included. Raises `SessionError` for one that is missing."
+    "Hash over the content of all source files, names included. Raises `StepFailed` for a missing one."
     files = []
     for source in map(Path, sources):
         if not source.exists():
@@ -56,32 +64,49 @@ def corpus_hash(sources: list[str]) -> str:
 def step_inputs(ledger: Ledger, step: str) -> str:
     "The input hash of a step, from the recipe, its notebook and the outputs it reads."
     before = {"0": (), "A": ("0",), "B": ("0", "A"), "C": ("0", "B"), "D": ("0", "A", "B", "C")}[step]
-    source = corpus_hash(ledger.data["corpus"]) if step == "0" else [ledger.step(s).get("outputs") for s in before]
+    source = (
+        corpus_hash(ledger.data["corpus"]) if step == "0" else [ledger.step(s).get("outputs") for s in before]
+    )
     return digest(ledger.recipe.fingerprint(), file_sha256(PHASE_NOTEBOOKS / f"{STEPS[step]}.ipynb"), source)
 
 
 def step_outputs(folder: Path, step: str) -> list[Path]:
     "The files of a step whose checksums the ledger keeps."
     if step == "0":
-        return [folder / "0_metrics.json", folder / "data" / "held_out.jsonl", *sorted((folder / "curriculum_runs").iterdir())]
+        return [
+            folder / "0_metrics.json",
+            folder / "data" / "held_out.jsonl",
+            *sorted((folder / "curriculum_runs").iterdir()),
+        ]
     if step == "D":
-        return [folder / "D_metrics.json", folder / "inference_test_results.json",
-                *sorted((folder / "adapter").iterdir())]
+        return [
+            folder / "D_metrics.json",
+            folder / "inference_test_results.json",
+            *sorted((folder / "adapter").iterdir()),
+        ]
     return [folder / f"{step}_metrics.json", *sorted((folder / "adapters" / step).iterdir())]
 
-# %% ../../nbs/6_session/06_chain.ipynb #4f27f057
+# %% ../../nbs/6_session/06_chain.ipynb #745ae536
 def check_parameters(notebook: Path, parameters: dict) -> None:
     "Raises `StepFailed` for a parameter that the notebook's parameters cell does not define."
     known = papermill.inspect_notebook(str(notebook))
     for name in parameters:
         if name not in known:
-            raise StepFailed(f"{notebook.name} has no parameter '{name}'; it has {', '.join(known)}", exit_code=2)
+            raise StepFailed(
+                f"{notebook.name} has no parameter '{name}'; it has {', '.join(known)}", exit_code=2
+            )
 
-# %% ../../nbs/6_session/06_chain.ipynb #4e3874c6
+# %% ../../nbs/6_session/06_chain.ipynb #5cbb77e0
 def kernel_environment(threads: int) -> dict[str, str]:
     "What a kernel of a step should find: no bars in the notebook, a fixed thread count, no telemetry."
-    return {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-            "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads), "PYTHONHASHSEED": "0"}
+    return {
+        "TQDM_DISABLE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONHASHSEED": "0",
+    }
 
 
 class PrivateKernelManager(AsyncKernelManager):
@@ -101,7 +126,7 @@ def environment(values: dict[str, str]) -> Iterator[None]:
         for key, value in kept.items():
             os.environ.pop(key) if value is None else os.environ.update({key: value})
 
-
+# %% ../../nbs/6_session/06_chain.ipynb #4bc6167c
 def stop_kernel(folder: Path) -> None:
     "End the kernel that last reported progress, if it is still there."
     with contextlib.suppress(OSError, ValueError, KeyError):
@@ -113,19 +138,24 @@ def explain(error: BaseException, ledger: Ledger, step: str) -> StepFailed:
     go_on = f"then: elson run --resume {ledger.folder}"
     name = STEPS[step]
     if isinstance(error, DeadKernelError):
-        return StepFailed(f"{name}: its kernel died, most often for want of memory; close other programs or lower "
-                          f"training.per_device_train_batch_size, {go_on}")
+        return StepFailed(
+            f"{name}: its kernel died, most often for want of memory; close other programs or lower "
+            f"training.per_device_train_batch_size, {go_on}"
+        )
     if isinstance(error, PapermillExecutionError):
         if f"[Errno {errno.ENOSPC}]" in error.evalue or "No space left" in error.evalue:
             return StepFailed(f"{name}: the disk is full; free some space near {ledger.folder}, {go_on}")
         code = 2 if error.ename in BAD_INPUT else 1
-        return StepFailed(f"{name}: {error.evalue} ({error.ename}, cell {error.cell_index} of "
-                          f"{ledger.folder / name}.ipynb); mend it, {go_on}", code)
+        return StepFailed(
+            f"{name}: {error.evalue} ({error.ename}, cell {error.cell_index} of "
+            f"{ledger.folder / name}.ipynb); mend it, {go_on}",
+            code,
+        )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return StepFailed(f"{name}: the disk is full; free some space near {ledger.folder}, {go_on}")
     return StepFailed(f"{name}: {type(error).__name__}: {error}; {go_on}")
 
-# %% ../../nbs/6_session/06_chain.ipynb #c43212f6
+# %% ../../nbs/6_session/06_chain.ipynb #f218ec41
 def keep_failed(ledger: Ledger, step: str) -> None:
     "Keep the notebook of a failed attempt beside its rerun."
     notebook = ledger.folder / f"{STEPS[step]}.ipynb"
@@ -134,14 +164,14 @@ def keep_failed(ledger: Ledger, step: str) -> None:
 
 
 def strip_timing(notebook: Path) -> None:
-    "Drop what papermill notes about each cell; times stand in the ledger, and a kept notebook stays comparable."
+    "Drop what papermill notes about each cell: times stand in the ledger, and notebooks stay comparable."
     node = nbformat.read(notebook, as_version=4)
     for cell in node.cells:
         cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
     node.metadata.pop("papermill", None)
     nbformat.write(node, notebook)
 
-
+# %% ../../nbs/6_session/06_chain.ipynb #5337d2c4
 def run_step(ledger: Ledger, step: str, inputs: str) -> None:
     "Execute the notebook of a step. Raises `StepFailed`, or `KeyboardInterrupt` with the ledger saying so."
     source, target = PHASE_NOTEBOOKS / f"{STEPS[step]}.ipynb", ledger.folder / f"{STEPS[step]}.ipynb"
@@ -153,8 +183,15 @@ def run_step(ledger: Ledger, step: str, inputs: str) -> None:
     try:
         with environment(kernel_environment(ledger.recipe.training.threads)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # papermill's own, about parameters it has just written
-            papermill.execute_notebook(str(source), str(target), parameters, kernel_name="python3", progress_bar=False,
-                                       autosave_cell_every=10, kernel_manager_class=PrivateKernelManager)
+            papermill.execute_notebook(
+                str(source),
+                str(target),
+                parameters,
+                kernel_name="python3",
+                progress_bar=False,
+                autosave_cell_every=10,
+                kernel_manager_class=PrivateKernelManager,
+            )
         strip_timing(target)
         ledger.finish(step, step_outputs(ledger.folder, step))
     except KeyboardInterrupt:
@@ -167,7 +204,7 @@ def run_step(ledger: Ledger, step: str, inputs: str) -> None:
             ledger.fail(step, "failed", str(failure))
         raise failure from error
 
-# %% ../../nbs/6_session/06_chain.ipynb #1650963d
+# %% ../../nbs/6_session/06_chain.ipynb #aabb2c82
 def wanted_steps(phase: str) -> list[str]:
     "Steps of `--phase`: all five, or the data step and one phase."
     return list(STEPS) if phase == "all" else ["0", phase]
@@ -177,15 +214,18 @@ def check_order(ledger: Ledger, phase: str) -> None:
     "Phase B continues A, and C continues B: refuse to start in the middle."
     previous = {"B": "A", "C": "B"}.get(phase)
     if previous and ledger.step(previous)["status"] != "done":
-        raise StepFailed(f"phase {phase} continues the adapter of phase {previous}, which this run has not finished; "
-                         f"run --phase {previous} first, or resume a run that has it", exit_code=2)
+        raise StepFailed(
+            f"phase {phase} continues the adapter of phase {previous}, which this run has not finished; "
+            f"run --phase {previous} first, or resume a run that has it",
+            exit_code=2,
+        )
 
-
+# %% ../../nbs/6_session/06_chain.ipynb #e6d56b25
 def run_chain(
     ledger: Ledger,
-    phase: str = "all",                                        # all, A, B or C
-    on_step: Callable[[str, str], None] | None = None,         # called with step and `skipped`, `started` or `done`
-    on_progress: Callable[[dict], None] | None = None,         # called twice a second with the last progress row
+    phase: str = "all",  # all, A, B or C
+    on_step: Callable[[str, str], None] | None = None,  # called with step and `skipped`, `started` or `done`
+    on_progress: Callable[[dict], None] | None = None,  # called twice a second with the last progress row
 ) -> None:
     "Run what the ledger says has to be run. Raises `StepFailed` with one sentence, or `KeyboardInterrupt`."
     say = on_step or (lambda step, what: None)
@@ -200,7 +240,7 @@ def run_chain(
             run_step(ledger, step, inputs)
             say(step, "done")
 
-
+# %% ../../nbs/6_session/06_chain.ipynb #946e4ced
 @contextlib.contextmanager
 def watching(folder: Path, on_progress: Callable[[dict], None] | None) -> Iterator[None]:
     "Read the run's progress file from outside the kernel while the block runs."

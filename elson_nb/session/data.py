@@ -21,7 +21,7 @@ from ..store import write_json
 from ..training.base import fetch_base, load_tokenizer
 from ..training.batches import count_tokens
 
-# %% ../../nbs/6_session/01_data.ipynb #b8a0b3ae
+# %% ../../nbs/6_session/01_data.ipynb #98163339
 def corpus_of(ledger: Ledger) -> list[Path]:
     "Source files of a run: the ones it was given, or a generated corpus written into the run."
     if ledger.data["corpus"]:
@@ -31,16 +31,22 @@ def corpus_of(ledger: Ledger) -> list[Path]:
     write_corpus(folder, seed=config.seed, scale=config.corpus_scale)
     return [folder]
 
-
+# %% ../../nbs/6_session/01_data.ipynb #8d43d245
 def prepare_data(ledger: Ledger) -> dict:
     "Run step 0 and write `0_metrics.json`. Raises the errors of readers, buckets and sampler as they are."
     recipe, data = ledger.recipe, ledger.folder / "data"
     ledger.show_progress("0", message="fetching the base model")
-    tokenizer = load_tokenizer(fetch_base(recipe.model, say=lambda text: ledger.show_progress("0", message=text)))
+    tokenizer = load_tokenizer(
+        fetch_base(recipe.model, say=lambda text: ledger.show_progress("0", message=text))
+    )
     sources = corpus_of(ledger)
     ledger.show_progress("0", message="sorting records into buckets")
-    summary = build_buckets(sources, data, lambda r: count_tokens(r, tokenizer, recipe.training.prompt_template),
-                            lambda n: ledger.show_progress("0", message=f"{n:,} records read"))
+    summary = build_buckets(
+        sources,
+        data,
+        lambda r: count_tokens(r, tokenizer, recipe.training.prompt_template),
+        lambda n: ledger.show_progress("0", message=f"{n:,} records read"),
+    )
     index = load_index(data)
     usable = index.filter(pl.col("n_tokens") <= recipe.training.max_length)
     held = hold_out(usable, recipe.curriculum.held_out_records, recipe.curriculum.seed)
@@ -49,33 +55,49 @@ def prepare_data(ledger: Ledger) -> dict:
     samples = sample_phases(rest, recipe.phases, "all", recipe.curriculum, recipe.training.max_length)
     shutil.rmtree(ledger.folder / "curriculum_runs", ignore_errors=True)
     written = write_samples(samples, data, ledger.folder)
-    metrics = {"corpus": [str(p) for p in ledger.data["corpus"]] or ["generated"], "buckets": summary,
-               "too_long": index.height - usable.height, "held_out": held.height,
-               "phases": {p: phase_entry(ledger.folder, samples[p].plan, written[p]) for p in PHASES},
-               "forecast": forecast(recipe, {p: written[p] for p in PHASES})}
+    metrics = {
+        "corpus": [str(p) for p in ledger.data["corpus"]] or ["generated"],
+        "buckets": summary,
+        "too_long": index.height - usable.height,
+        "held_out": held.height,
+        "phases": {p: phase_entry(ledger.folder, samples[p].plan, written[p]) for p in PHASES},
+        "forecast": forecast(recipe, {p: written[p] for p in PHASES}),
+    }
     write_json(ledger.folder / "0_metrics.json", metrics)
     return metrics
 
-
+# %% ../../nbs/6_session/01_data.ipynb #6ec9de7e
 def phase_entry(folder: Path, plan, info: dict) -> dict:
     "What `0_metrics.json` keeps of a phase's sample; paths relative to the run."
-    return {"manifest": str(info["manifest"].relative_to(folder)), "merged": str(info["merged"].relative_to(folder)),
-            "records": info["records"], "tokens": info["tokens"], "target": plan.target, "asked": plan.asked,
-            "stock": plan.stock, "achieved": info["tiers"], "domains": info["domains"], "notes": info["notes"]}
+    return {
+        "manifest": str(info["manifest"].relative_to(folder)),
+        "merged": str(info["merged"].relative_to(folder)),
+        "records": info["records"],
+        "tokens": info["tokens"],
+        "target": plan.target,
+        "asked": plan.asked,
+        "stock": plan.stock,
+        "achieved": info["tiers"],
+        "domains": info["domains"],
+        "notes": info["notes"],
+    }
 
-# %% ../../nbs/6_session/01_data.ipynb #c2f39dbc
+# %% ../../nbs/6_session/01_data.ipynb #4161d375
 def forecast(recipe: Recipe, phases: dict[str, dict]) -> dict[str, dict]:
-    "Optimiser steps, minutes and dollars of each phase, from its records and tokens and the recipe's throughput."
+    "Optimiser steps, minutes and dollars of each phase, at the throughput the recipe assumes."
     t = recipe.training
     rows = {}
     for name, info in phases.items():
         batch = t.per_device_train_batch_size * t.gradient_accumulation_steps
         minutes = info["tokens"] * t.num_train_epochs / recipe.budget.tokens_per_second / 60
-        rows[name] = {"steps": -(-info["records"] // batch) * t.num_train_epochs, "minutes": round(minutes, 2),
-                      "usd": round(minutes / 60 * recipe.budget.usd_per_hour, 2)}
+        rows[name] = {
+            "steps": -(-info["records"] // batch) * t.num_train_epochs,
+            "minutes": round(minutes, 2),
+            "usd": round(minutes / 60 * recipe.budget.usd_per_hour, 2),
+        }
     return rows
 
-# %% ../../nbs/6_session/01_data.ipynb #85684877
+# %% ../../nbs/6_session/01_data.ipynb #168132be
 def phase_records(ledger: Ledger, phase: str) -> tuple[list[dict], list[dict]]:
     "Records and manifest rows of a phase, in training order. Raises `SessionError` when they do not agree."
     entry = ledger.metrics("0")["phases"][phase]
@@ -85,8 +107,10 @@ def phase_records(ledger: Ledger, phase: str) -> tuple[list[dict], list[dict]]:
     manifest = list(read_jsonl(ledger.folder / entry["manifest"]))
     records = list(read_jsonl(ledger.folder / entry["merged"]))
     if [m["id"] for m in manifest] != [r["id"] for r in records]:
-        raise SessionError(f"{entry['merged']} does not hold the records of {entry['manifest']} in their order; "
-                           f"run step 0 of this session again")
+        raise SessionError(
+            f"{entry['merged']} does not hold the records of {entry['manifest']} in their order; "
+            f"run step 0 of this session again"
+        )
     return records, manifest
 
 

@@ -29,10 +29,11 @@ from ..store import StoreError
 from ..training.base import load_tokenizer, locate_base
 from ..training.batches import count_tokens
 
-# %% ../../nbs/6_session/09_doctor.ipynb #4eea5846
+# %% ../../nbs/6_session/09_doctor.ipynb #3c2edcb6
 @dataclass(frozen=True)
 class Finding:
     "One line of the checklist. `mend` is empty when all is well."
+
     check: str
     ok: bool
     found: str
@@ -41,12 +42,18 @@ class Finding:
 
 def check_code() -> Finding:
     "Whether the checkout is at its upstream's last known commit."
-    behind = subprocess.run(["git", "rev-list", "--count", "HEAD..@{upstream}"], capture_output=True, text=True)
+    behind = subprocess.run(
+        ["git", "rev-list", "--count", "HEAD..@{upstream}"], capture_output=True, text=True
+    )
     missing = int(behind.stdout or 0) if behind.returncode == 0 else 0
-    return Finding("code", missing == 0, f"commit {git_commit()}" + (f", {missing} behind" if missing else ""),
-                   "git pull" if missing else "")
+    return Finding(
+        "code",
+        missing == 0,
+        f"commit {git_commit()}" + (f", {missing} behind" if missing else ""),
+        "git pull" if missing else "",
+    )
 
-
+# %% ../../nbs/6_session/09_doctor.ipynb #e9f023ac
 def check_buckets(recipe: Recipe, folder: Path | None) -> Finding:
     "Buckets for a release candidate: at least 80 domains and files; other recipes make their own."
     if folder is None and not recipe.evaluation.release_targets:
@@ -55,20 +62,30 @@ def check_buckets(recipe: Recipe, folder: Path | None) -> Finding:
         index = load_index(folder or Path("."))
         domains, files = index["domain"].n_unique(), index.select("domain", "tier").n_unique()
         ok = not recipe.evaluation.release_targets or (domains >= 80 and files >= 80)
-        return Finding("buckets", ok, f"{index.height:,} records, {domains} domains, {files} files",
-                       "" if ok else "a release wants 80 domains and 80 files; bring the full corpus")
+        return Finding(
+            "buckets",
+            ok,
+            f"{index.height:,} records, {domains} domains, {files} files",
+            "" if ok else "a release wants 80 domains and 80 files; bring the full corpus",
+        )
     except BucketError as error:
         return Finding("buckets", False, "none found", str(error))
 
 
 def check_sampler() -> Finding:
     "Whether a plan on a toy index comes out exact."
-    index = pl.DataFrame([{"id": f"{t}{n}", "domain": f"d{n % 9}", "tier": t} for t in TIERS for n in range(90)])
+    index = pl.DataFrame(
+        [{"id": f"{t}{n}", "domain": f"d{n % 9}", "tier": t} for t in TIERS for n in range(90)]
+    )
     totals = {p: plan_phase(p, config, 90, index).total for p, config in reference_phases().items()}
-    return Finding("sampler", set(totals.values()) == {90}, f"planned {totals} of 90 each",
-                   "" if set(totals.values()) == {90} else "run the tests: make test")
+    return Finding(
+        "sampler",
+        set(totals.values()) == {90},
+        f"planned {totals} of 90 each",
+        "" if set(totals.values()) == {90} else "run the tests: make test",
+    )
 
-# %% ../../nbs/6_session/09_doctor.ipynb #556c9b90
+# %% ../../nbs/6_session/09_doctor.ipynb #91f5ef06
 def check_gpu(recipe: Recipe) -> Finding:
     "The GPU, and its memory against what the recipe needs, GB."
     if not recipe.budget.needs_gpu:
@@ -76,26 +93,41 @@ def check_gpu(recipe: Recipe) -> Finding:
     import torch
 
     if not torch.cuda.is_available():
-        return Finding("GPU", False, "none", f"run on a machine with {recipe.budget.memory_gb:g} GB of GPU memory")
+        return Finding(
+            "GPU", False, "none", f"run on a machine with {recipe.budget.memory_gb:g} GB of GPU memory"
+        )
     name, total = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30
     ok = total >= recipe.budget.memory_gb
-    return Finding("GPU", ok, f"{name}, {total:.0f} GB", "" if ok else f"{recipe.budget.memory_gb:g} GB needed; lower the batch")
+    return Finding(
+        "GPU",
+        ok,
+        f"{name}, {total:.0f} GB",
+        "" if ok else f"{recipe.budget.memory_gb:g} GB needed; lower the batch",
+    )
 
 
 def check_disk(recipe: Recipe, folder: Path) -> Finding:
     "Free space for the base (once more while it is fetched), adapters and reports."
     needed = 1 + recipe.model.size_gb * (0.5 if locate(recipe) else 2.5)
     free = shutil.disk_usage(folder).free / 1e9
-    return Finding("disk", free >= needed, f"{free:.0f} GB free, {needed:.1f} needed",
-                   "" if free >= needed else "free some space, or set ELSON_CACHE to a larger disk")
+    return Finding(
+        "disk",
+        free >= needed,
+        f"{free:.0f} GB free, {needed:.1f} needed",
+        "" if free >= needed else "free some space, or set ELSON_CACHE to a larger disk",
+    )
 
-
+# %% ../../nbs/6_session/09_doctor.ipynb #7ef2bbb8
 def check_memory(recipe: Recipe) -> Finding:
-    "Memory of the machine against the run's expected peak, or against the weights where a GPU holds the rest."
+    "Memory of the machine against the expected peak, or the weights where a GPU holds the rest."
     needed = recipe.model.size_gb * 1.2 if recipe.budget.needs_gpu else recipe.budget.memory_gb
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return Finding("memory", total >= needed, f"{total:.0f} GB, {needed:.0f} needed",
-                   "" if total >= needed else "use a larger machine, or lower training.per_device_train_batch_size")
+    return Finding(
+        "memory",
+        total >= needed,
+        f"{total:.0f} GB, {needed:.0f} needed",
+        "" if total >= needed else "use a larger machine, or lower training.per_device_train_batch_size",
+    )
 
 
 def locate(recipe: Recipe) -> Path | None:
@@ -104,25 +136,37 @@ def locate(recipe: Recipe) -> Path | None:
     except StoreError:
         return None
 
-
+# %% ../../nbs/6_session/09_doctor.ipynb #53ebc18e
 def check_base(recipe: Recipe) -> Finding:
     "The base model: here, or fetched on first use, or missing."
     model = recipe.model
     if locate(recipe):
         return Finding("base model", True, f"{model.name} is here")
     if model.random_config or model.wheel:
-        return Finding("base model", True, f"{model.name} will be {'made' if model.random_config else 'fetched'} on first use")
-    return Finding("base model", False, f"{model.name} is not on this machine",
-                   f"hf download {model.hub_id}, or set model.path to a local folder of it")
+        return Finding(
+            "base model",
+            True,
+            f"{model.name} will be {'made' if model.random_config else 'fetched'} on first use",
+        )
+    return Finding(
+        "base model",
+        False,
+        f"{model.name} is not on this machine",
+        f"hf download {model.hub_id}, or set model.path to a local folder of it",
+    )
 
 
 def check_quantisation(recipe: Recipe) -> Finding:
     needed = recipe.model.quantization == "nf4"
     there = importlib.util.find_spec("bitsandbytes") is not None
-    return Finding("4-bit library", there or not needed, "bitsandbytes" if there else "none",
-                   "" if there or not needed else "pip install 'elson_nb[quant]'")
+    return Finding(
+        "4-bit library",
+        there or not needed,
+        "bitsandbytes" if there else "none",
+        "" if there or not needed else "pip install 'elson_nb[quant]'",
+    )
 
-
+# %% ../../nbs/6_session/09_doctor.ipynb #7150b0f6
 def check_cloud(recipe: Recipe) -> Finding:
     "Credentials and project where the recipe runs on a rented machine or keeps artifacts in a bucket."
     if not recipe.budget.needs_gpu and not str(recipe.store.url or "").startswith("gs://"):
@@ -131,18 +175,31 @@ def check_cloud(recipe: Recipe) -> Finding:
     credentials = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS") or (default.is_file() and str(default))
     project = os.environ.get("GOOGLE_CLOUD_PROJECT")
     missing = [name for name, value in (("credentials", credentials), ("project", project)) if not value]
-    return Finding("cloud", not missing, "no " + " and no ".join(missing) if missing else f"project {project}",
-                   "gcloud auth application-default login; export GOOGLE_CLOUD_PROJECT=…" if missing else "")
+    return Finding(
+        "cloud",
+        not missing,
+        "no " + " and no ".join(missing) if missing else f"project {project}",
+        "gcloud auth application-default login; export GOOGLE_CLOUD_PROJECT=…" if missing else "",
+    )
 
 
 def run_doctor(recipe: Recipe, buckets: Path | None = None, folder: Path = Path(".")) -> list[Finding]:
     "The whole checklist."
-    return [check_code(), check_buckets(recipe, buckets), check_sampler(), check_gpu(recipe), check_disk(recipe, folder),
-            check_memory(recipe), check_base(recipe), check_quantisation(recipe), check_cloud(recipe)]
+    return [
+        check_code(),
+        check_buckets(recipe, buckets),
+        check_sampler(),
+        check_gpu(recipe),
+        check_disk(recipe, folder),
+        check_memory(recipe),
+        check_base(recipe),
+        check_quantisation(recipe),
+        check_cloud(recipe),
+    ]
 
-# %% ../../nbs/6_session/09_doctor.ipynb #ea47548f
+# %% ../../nbs/6_session/09_doctor.ipynb #6723d096
 def dry_run(recipe: Recipe, corpus: list[Path]) -> dict:
-    "What would be trained: records, tokens, steps, minutes and dollars of each phase. Trains nothing, keeps nothing."
+    "Records, tokens, steps, minutes and dollars of each phase. Trains nothing, keeps nothing."
     base = locate(recipe)
     count = estimate_tokens
     if base:
@@ -151,23 +208,52 @@ def dry_run(recipe: Recipe, corpus: list[Path]) -> dict:
     with tempfile.TemporaryDirectory() as work:
         sources = list(corpus)
         if not sources:
-            write_corpus(Path(work) / "corpus", seed=recipe.curriculum.seed, scale=recipe.curriculum.corpus_scale)
+            write_corpus(
+                Path(work) / "corpus", seed=recipe.curriculum.seed, scale=recipe.curriculum.corpus_scale
+            )
             sources = [Path(work) / "corpus"]
         summary = build_buckets(sources, Path(work) / "buckets", count)
         index = load_index(Path(work) / "buckets")
     usable = index.filter(pl.col("n_tokens") <= recipe.training.max_length)
     held = hold_out(usable, recipe.curriculum.held_out_records, recipe.curriculum.seed)
-    samples = sample_phases(index.join(held, on="id", how="anti"), recipe.phases, "all", recipe.curriculum,
-                            recipe.training.max_length)
-    phases = {p: {"records": s.rows.height, "tokens": int(s.rows["n_tokens"].sum()), "domains": len(s.plan.domains()),
-                  "tiers": s.plan.achieved, "notes": s.plan.notes} for p, s in samples.items()}
+    samples = sample_phases(
+        index.join(held, on="id", how="anti"),
+        recipe.phases,
+        "all",
+        recipe.curriculum,
+        recipe.training.max_length,
+    )
+    phases = {
+        p: {
+            "records": s.rows.height,
+            "tokens": int(s.rows["n_tokens"].sum()),
+            "domains": len(s.plan.domains()),
+            "tiers": s.plan.achieved,
+            "notes": s.plan.notes,
+        }
+        for p, s in samples.items()
+    }
     for p, row in forecast(recipe, phases).items():
         phases[p] |= row
-    total = {k: round(sum(phases[p][k] for p in PHASES), 2) for k in ("records", "tokens", "steps", "minutes", "usd")}
+    total = {
+        k: round(sum(phases[p][k] for p in PHASES), 2)
+        for k in ("records", "tokens", "steps", "minutes", "usd")
+    }
     limit = recipe.budget.max_minutes
-    return {"recipe": recipe.name, "model": recipe.model.name, "method": recipe.adapter.method,
-            "rank": recipe.adapter.rank, "corpus": [str(p) for p in corpus] or ["generated"], "buckets": summary,
-            "token_count": "by the tokenizer of the base" if base else "estimated at four bytes a token",
-            "held_out": held.height, "too_long": index.height - usable.height, "phases": phases, "total": total,
-            "memory_gb": recipe.budget.memory_gb, "tokens_per_second": recipe.budget.tokens_per_second,
-            "over_budget": bool(limit and total["minutes"] > limit), "max_minutes": limit}
+    return {
+        "recipe": recipe.name,
+        "model": recipe.model.name,
+        "method": recipe.adapter.method,
+        "rank": recipe.adapter.rank,
+        "corpus": [str(p) for p in corpus] or ["generated"],
+        "buckets": summary,
+        "token_count": "by the tokenizer of the base" if base else "estimated at four bytes a token",
+        "held_out": held.height,
+        "too_long": index.height - usable.height,
+        "phases": phases,
+        "total": total,
+        "memory_gb": recipe.budget.memory_gb,
+        "tokens_per_second": recipe.budget.tokens_per_second,
+        "over_budget": bool(limit and total["minutes"] > limit),
+        "max_minutes": limit,
+    }

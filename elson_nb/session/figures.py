@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from ..corpus.records import TIERS
 from ..corpus.taxonomy import load_taxonomy
 
-# %% ../../nbs/6_session/04_figures.ipynb #7a14d000
+# %% ../../nbs/6_session/04_figures.ipynb #0998caa2
 TIER_COLOURS = dict(zip(TIERS, ("#9ecae1", "#4292c6", "#08519c", "#d94801")))
 BEFORE, AFTER = "#969696", "#d94801"
 
@@ -43,37 +43,48 @@ def plot_domains(domains: dict[str, dict[str, int]], title: str = "") -> Figure:
     figure.tight_layout()
     return figure
 
-
+# %% ../../nbs/6_session/04_figures.ipynb #6092e495
 def plot_mix(asked: dict[str, int], stock: dict[str, int], achieved: dict[str, int]) -> Figure:
     "Asked, available and achieved records per tier; what is available is cut off where it dwarfs the rest."
     figure, axes = plt.subplots(figsize=(7, 2.4), dpi=100)
     places, top = np.arange(len(TIERS)), 1.6 * max(*asked.values(), *achieved.values(), 1)
-    for shift, (name, counts, colour) in enumerate([("available", stock, "#d9d9d9"), ("asked", asked, "#4292c6"),
-                                                    ("achieved", achieved, "#08519c")]):
-        bars = axes.bar(places + (shift - 1) * 0.27, [min(counts[t], top) for t in TIERS], 0.27, label=name, color=colour)
+    for shift, (name, counts, colour) in enumerate(
+        [("available", stock, "#d9d9d9"), ("asked", asked, "#4292c6"), ("achieved", achieved, "#08519c")]
+    ):
+        bars = axes.bar(
+            places + (shift - 1) * 0.27, [min(counts[t], top) for t in TIERS], 0.27, label=name, color=colour
+        )
         axes.bar_label(bars, [f"{counts[t]:,}" for t in TIERS], fontsize=7)
     axes.set(xticks=places, xticklabels=TIERS, ylabel="records", ylim=(0, 1.15 * top))
     axes.legend(fontsize=7)
     figure.tight_layout()
     return figure
 
-
+# %% ../../nbs/6_session/04_figures.ipynb #11c07dab
 def plot_order(manifest: list[dict]) -> Figure:
     "Training order: position against domain, coloured by tier. Blocks show as dashes, a mix as rain."
     order = list(load_taxonomy())
-    domains = sorted({m["domain"] for m in manifest}, key=lambda d: order.index(d) if d in order else len(order))
+    domains = sorted(
+        {m["domain"] for m in manifest}, key=lambda d: order.index(d) if d in order else len(order)
+    )
     figure, axes = plt.subplots(figsize=(7, 0.8 + 0.2 * len(domains)), dpi=100)
     for tier in TIERS:
         rows = [m for m in manifest if m["tier"] == tier]
-        axes.scatter([m["position"] for m in rows], [domains.index(m["domain"]) for m in rows], s=14, marker="|",
-                     color=TIER_COLOURS[tier], label=tier)
+        axes.scatter(
+            [m["position"] for m in rows],
+            [domains.index(m["domain"]) for m in rows],
+            s=14,
+            marker="|",
+            color=TIER_COLOURS[tier],
+            label=tier,
+        )
     axes.set(xlabel="position in training order (records)", yticks=range(len(domains)), yticklabels=domains)
     axes.invert_yaxis()
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     return figure
 
-# %% ../../nbs/6_session/04_figures.ipynb #48673d22
+# %% ../../nbs/6_session/04_figures.ipynb #56f6d33d
 def plot_training(steps: list[dict], smoothing_steps: int = 5) -> Figure:
     "Loss raw and smoothed, learning rate, gradient norm and real tokens per second, over optimiser steps."
     figure, grid = plt.subplots(2, 2, figsize=(9, 4.4), dpi=100, sharex=True)
@@ -83,8 +94,11 @@ def plot_training(steps: list[dict], smoothing_steps: int = 5) -> Figure:
     grid[0, 0].plot(x, smoothed(loss, smoothing_steps), color=AFTER, label=f"smoothed over {smoothing_steps}")
     grid[0, 0].set(ylabel="loss (nats per answer token)")
     grid[0, 0].legend(fontsize=7)
-    for axes, key, label in [(grid[0, 1], "learning_rate", "learning rate"), (grid[1, 0], "grad_norm", "gradient norm"),
-                             (grid[1, 1], "tokens_per_second", "real tokens per second")]:
+    for axes, key, label in [
+        (grid[0, 1], "learning_rate", "learning rate"),
+        (grid[1, 0], "grad_norm", "gradient norm"),
+        (grid[1, 1], "tokens_per_second", "real tokens per second"),
+    ]:
         axes.plot(x, [s[key] for s in steps], color="#08519c", linewidth=1)
         axes.set(ylabel=label)
         axes.set_ylim(bottom=0)
@@ -93,7 +107,7 @@ def plot_training(steps: list[dict], smoothing_steps: int = 5) -> Figure:
     figure.tight_layout()
     return figure
 
-
+# %% ../../nbs/6_session/04_figures.ipynb #5a2f95f2
 def _dumbbells(axes: Axes, rows: list[dict], key: str, before: str, after: str) -> None:
     places = range(len(rows))
     for place, row in zip(places, rows):
@@ -116,7 +130,7 @@ def plot_held_out(by_domain: list[dict], by_tier: list[dict]) -> Figure:
     figure.tight_layout()
     return figure
 
-
+# %% ../../nbs/6_session/04_figures.ipynb #3415be42
 def plot_session(phases: dict[str, dict], smoothing_steps: int = 5) -> Figure:
     "Training loss of all phases on one axis, and the held-out loss measured between them."
     figure, axes = plt.subplots(figsize=(9, 3), dpi=100)
@@ -127,7 +141,13 @@ def plot_session(phases: dict[str, dict], smoothing_steps: int = 5) -> Figure:
         axes.plot(x, loss, ".", color="#d9d9d9", markersize=4)
         axes.plot(x, smoothed(loss, smoothing_steps), color="#08519c")
         axes.axvline(start + 0.5, color="#bdbdbd", linewidth=0.6)
-        axes.annotate(f" {name}  {metrics['title']}", (start + 0.5, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8)
+        axes.annotate(
+            f" {name}  {metrics['title']}",
+            (start + 0.5, 1),
+            xycoords=("data", "axes fraction"),
+            va="top",
+            fontsize=8,
+        )
         mean = lambda losses: sum(losses.values()) / len(losses)
         if not marks:
             marks, heights = [0.5], [mean(metrics["held_out"]["before"])]
@@ -141,17 +161,29 @@ def plot_session(phases: dict[str, dict], smoothing_steps: int = 5) -> Figure:
     figure.tight_layout()
     return figure
 
-
+# %% ../../nbs/6_session/04_figures.ipynb #f48fdb2d
 def plot_benchmark(rows: list[dict]) -> Figure:
     "Accuracy per quiz, base and adapter, with 95% Wilson intervals."
     figure, axes = plt.subplots(figsize=(7, 0.9 + 0.4 * len(rows)), dpi=100)
     for shift, who, colour in ((-0.14, "base", BEFORE), (0.14, "adapter", AFTER)):
         value = np.array([r[who] for r in rows])
         low, high = (np.array([r[f"{who}_{end}"] for r in rows]) for end in ("low", "high"))
-        axes.errorbar(value, np.arange(len(rows)) + shift, xerr=[value - low, high - value], fmt="o", capsize=3, color=colour,
-                      label=who, markersize=4)
-    axes.set(yticks=range(len(rows)), yticklabels=[f"{r['quiz']} (n={r['n']})" for r in rows], xlim=(0, 1),
-             xlabel="share answered right, 95% interval")
+        axes.errorbar(
+            value,
+            np.arange(len(rows)) + shift,
+            xerr=[value - low, high - value],
+            fmt="o",
+            capsize=3,
+            color=colour,
+            label=who,
+            markersize=4,
+        )
+    axes.set(
+        yticks=range(len(rows)),
+        yticklabels=[f"{r['quiz']} (n={r['n']})" for r in rows],
+        xlim=(0, 1),
+        xlabel="share answered right, 95% interval",
+    )
     axes.invert_yaxis()
     axes.legend(fontsize=7)
     figure.tight_layout()

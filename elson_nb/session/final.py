@@ -5,15 +5,24 @@
 # %% auto #0
 __all__ = ['TARGETS', 'quiz_rows', 'target_checks', 'session_checks', 'verdict_of', 'evaluate_session', 'publish_adapter']
 
-# %% ../../nbs/6_session/03_final.ipynb #75c2351a
+# %% ../../nbs/6_session/03_final.ipynb #5f40dba5
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from ..evaluation.harness import run_benchmark
 from ..evaluation.inference import run_inference_test
-from ..evaluation.statistics import (
-    CANNOT_TELL, FAIL, PASS, compare_answers, mean_change, overall, verdict_above, verdict_falls, wilson)
+from elson_nb.evaluation.statistics import (
+    CANNOT_TELL,
+    FAIL,
+    PASS,
+    compare_answers,
+    mean_change,
+    overall,
+    verdict_above,
+    verdict_falls,
+    wilson,
+)
 from ..recipes import PHASES
 from .ledger import Ledger
 from .phases import NOT_APPLICABLE
@@ -21,7 +30,7 @@ from ..store import open_store, read_json, write_json
 from ..training.base import fetch_base, load_base
 from ..training.phase import attach_adapter
 
-# %% ../../nbs/6_session/03_final.ipynb #dd5abe9c
+# %% ../../nbs/6_session/03_final.ipynb #526697e4
 TARGETS = {"overall": 0.80, "category": 0.70, "tool_use": 0.95, "latency_ms": 2000}
 
 
@@ -29,15 +38,25 @@ def quiz_rows(base: list[dict], adapter: list[dict]) -> list[dict]:
     "Accuracy of base and adapter for each quiz, with Wilson intervals, and for all of them together."
     rows = []
     for quiz in [*sorted({r["quiz"] for r in base}), "all"]:
-        pick = lambda answers: [r["right"] for r in answers if quiz in (r["quiz"], "all")]
-        one, two = wilson(sum(pick(base)), len(pick(base))), wilson(sum(pick(adapter)), len(pick(adapter)))
-        rows.append({"quiz": quiz, "n": one.n, "base": one.value, "base_low": one.low, "base_high": one.high,
-                     "adapter": two.value, "adapter_low": two.low, "adapter_high": two.high})
+        pairs = [(b["right"], a["right"]) for b, a in zip(base, adapter) if quiz in (b["quiz"], "all")]
+        one, two = (wilson(sum(right), len(pairs)) for right in zip(*pairs))
+        rows.append(
+            {
+                "quiz": quiz,
+                "n": one.n,
+                "base": one.value,
+                "base_low": one.low,
+                "base_high": one.high,
+                "adapter": two.value,
+                "adapter_low": two.low,
+                "adapter_high": two.high,
+            }
+        )
     return rows
 
-
+# %% ../../nbs/6_session/03_final.ipynb #2cb8e271
 def target_checks(adapter: list[dict], inference: list[dict], applies: bool) -> list[dict]:
-    "The release targets, each judged on its interval; not applicable to a recipe that is no release candidate."
+    "The release targets, each judged on its interval; not applicable to a recipe that releases nothing."
     of = lambda keep: wilson(sum(r["right"] for r in adapter if keep(r)), sum(1 for r in adapter if keep(r)))
     judged = lambda interval, target: verdict_above(interval, target) if applies else NOT_APPLICABLE
     total, tools = of(lambda r: True), of(lambda r: r["quiz"] == "tool_use")
@@ -46,37 +65,74 @@ def target_checks(adapter: list[dict], inference: list[dict], applies: bool) -> 
     latency = 1000 * sum(r["latency_s"] for r in inference) / max(1, len(inference))
     fast = PASS if latency < TARGETS["latency_ms"] else FAIL
     return [
-        {"check": "overall accuracy > 80%", "verdict": judged(total, TARGETS["overall"]), "measured": total.percent()},
-        {"check": "every category > 70%", "measured": f"lowest: {lowest} {quizzes[lowest].percent()}",
-         "verdict": overall([judged(i, TARGETS["category"]) for i in quizzes.values()]) if applies else NOT_APPLICABLE},
-        {"check": "tool use > 95%", "verdict": judged(tools, TARGETS["tool_use"]), "measured": tools.percent()},
-        {"check": "average latency < 2,000 ms", "verdict": fast if applies else NOT_APPLICABLE,
-         "measured": f"{latency:,.0f} ms an answer of the inference test"}]
+        {
+            "check": "overall accuracy > 80%",
+            "verdict": judged(total, TARGETS["overall"]),
+            "measured": total.percent(),
+        },
+        {
+            "check": "every category > 70%",
+            "measured": f"lowest: {lowest} {quizzes[lowest].percent()}",
+            "verdict": overall([judged(i, TARGETS["category"]) for i in quizzes.values()])
+            if applies
+            else NOT_APPLICABLE,
+        },
+        {
+            "check": "tool use > 95%",
+            "verdict": judged(tools, TARGETS["tool_use"]),
+            "measured": tools.percent(),
+        },
+        {
+            "check": "average latency < 2,000 ms",
+            "verdict": fast if applies else NOT_APPLICABLE,
+            "measured": f"{latency:,.0f} ms an answer of the inference test",
+        },
+    ]
 
-# %% ../../nbs/6_session/03_final.ipynb #579d1695
-def session_checks(first: dict, last: dict, base: list[dict], adapter: list[dict], inference: list[dict],
-                   release_targets: bool) -> list[dict]:
+# %% ../../nbs/6_session/03_final.ipynb #0f20db42
+def session_checks(
+    first: dict,
+    last: dict,
+    base: list[dict],
+    adapter: list[dict],
+    inference: list[dict],
+    release_targets: bool,
+) -> list[dict]:
     "All checks of a session, from the metrics of its first and last phase and the two sets of answers."
     ids = sorted(first["held_out"]["before"])
-    change = mean_change([first["held_out"]["before"][i] for i in ids], [last["held_out"]["after"][i] for i in ids])
+    change = mean_change(
+        [first["held_out"]["before"][i] for i in ids], [last["held_out"]["after"][i] for i in ids]
+    )
     paired = compare_answers([r["right"] for r in base], [r["right"] for r in adapter])
     answered = sum(bool(r["answer"]) for r in inference)
     return [
-        {"check": "held-out loss fell from before A to after C", "verdict": verdict_falls(change), "measured": str(change)},
-        {"check": "adapter against base on the benchmark", "verdict": paired.verdict,
-         "measured": f"{paired.gained} gained, {paired.lost} lost of {paired.n}, McNemar p = {paired.p_value:.3g}",
-         "informs": paired.verdict == CANNOT_TELL},
-        {"check": "inference test complete", "verdict": PASS if answered == len(inference) == 5 else FAIL,
-         "measured": f"{answered} of 5 answered"},
-        *target_checks(adapter, inference, release_targets)]
+        {
+            "check": "held-out loss fell from before A to after C",
+            "verdict": verdict_falls(change),
+            "measured": str(change),
+        },
+        {
+            "check": "adapter against base on the benchmark",
+            "verdict": paired.verdict,
+            "measured": f"{paired.gained} gained, {paired.lost} lost of {paired.n}, "
+            f"McNemar p = {paired.p_value:.3g}",
+            "informs": paired.verdict == CANNOT_TELL,
+        },
+        {
+            "check": "inference test complete",
+            "verdict": PASS if answered == len(inference) == 5 else FAIL,
+            "measured": f"{answered} of 5 answered",
+        },
+        *target_checks(adapter, inference, release_targets),
+    ]
 
 
 def verdict_of(checks: list[dict]) -> str:
     return overall([c["verdict"] for c in checks if c["verdict"] != NOT_APPLICABLE and not c.get("informs")])
 
-# %% ../../nbs/6_session/03_final.ipynb #8c4c6dbf
+# %% ../../nbs/6_session/03_final.ipynb #fb04483c
 def evaluate_session(ledger: Ledger, live: Callable[[dict], None] | None = None) -> dict:
-    "Run step D: writes `D_metrics.json`, `inference_test_results.json` and the final adapter; returns the metrics."
+    "Run step D: writes `D_metrics.json`, `inference_test_results.json` and `adapter/`; returns the metrics."
     recipe, folder = ledger.recipe, ledger.folder
 
     def show(part: str):
@@ -84,31 +140,55 @@ def evaluate_session(ledger: Ledger, live: Callable[[dict], None] | None = None)
             ledger.show_progress("D", part=part, **row)
             if live:
                 live({"part": part, **row})
+
         return on_row
 
     ledger.show_progress("D", message="loading the base model")
     model, tokenizer = load_base(recipe, fetch_base(recipe.model))
-    ask = lambda part: run_benchmark(model, tokenizer, recipe.evaluation, recipe.training.prompt_template, show(part))
+    ask = lambda part: run_benchmark(
+        model, tokenizer, recipe.evaluation, recipe.training.prompt_template, show(part)
+    )
     base = ask("benchmark, base")
     model = attach_adapter(model, recipe, folder / "adapters" / "C", trainable=False)
     if recipe.model.quantization == "none":
         model.merge_adapter()
     adapter = ask("benchmark, adapter")
     inference = run_inference_test(model, tokenizer, recipe, show("inference test"))
-    write_json(folder / "inference_test_results.json", {"recipe": recipe.name, "temperature":
-               recipe.evaluation.inference_temperature, "machine": ledger.data["provenance"]["machine"], "answers": inference})
+    write_json(
+        folder / "inference_test_results.json",
+        {
+            "recipe": recipe.name,
+            "temperature": recipe.evaluation.inference_temperature,
+            "machine": ledger.data["provenance"]["machine"],
+            "answers": inference,
+        },
+    )
     phases = {p: ledger.metrics(p) for p in PHASES}
-    checks = session_checks(phases["A"], phases["C"], base, adapter, inference, recipe.evaluation.release_targets)
-    metrics = {"verdict": verdict_of(checks), "checks": checks, "quizzes": quiz_rows(base, adapter),
-               "answers": [{**b, "given_base": b["given"], "right_base": b["right"], "given": a["given"],
-                            "right": a["right"]} for b, a in zip(base, adapter, strict=True)]}
+    checks = session_checks(
+        phases["A"], phases["C"], base, adapter, inference, recipe.evaluation.release_targets
+    )
+    metrics = {
+        "verdict": verdict_of(checks),
+        "checks": checks,
+        "quizzes": quiz_rows(base, adapter),
+        "answers": [
+            {
+                **b,
+                "given_base": b["given"],
+                "right_base": b["right"],
+                "given": a["given"],
+                "right": a["right"],
+            }
+            for b, a in zip(base, adapter, strict=True)
+        ],
+    }
     publish_adapter(ledger, phases)
     write_json(folder / "D_metrics.json", metrics)
     return metrics
 
-
+# %% ../../nbs/6_session/03_final.ipynb #33ff6e02
 def publish_adapter(ledger: Ledger, phases: dict[str, dict]) -> Path:
-    "Copy the adapter of phase C to `adapter/`, its metadata naming all phases; push it where the recipe has a store."
+    "Copy phase C's adapter to `adapter/`, its metadata naming all phases; push it to the recipe's store."
     source, target = ledger.folder / "adapters" / "C", ledger.folder / "adapter"
     partial = target.with_name(".adapter-partial")
     shutil.rmtree(partial, ignore_errors=True)

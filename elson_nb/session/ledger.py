@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -25,7 +25,13 @@ from ..recipes import Recipe, load_recipe, save_recipe
 from ..store import StoreError, file_sha256, read_json, write_json
 
 # %% ../../nbs/6_session/00_ledger.ipynb #c39ec231
-STEPS = {"0": "0_data", "A": "A_domain_blocks", "B": "B_mixed_curriculum", "C": "C_stress_epoch", "D": "D_evaluation"}
+STEPS = {
+    "0": "0_data",
+    "A": "A_domain_blocks",
+    "B": "B_mixed_curriculum",
+    "C": "C_stress_epoch",
+    "D": "D_evaluation",
+}
 
 
 class SessionError(RuntimeError):
@@ -44,7 +50,7 @@ def digest(*parts: object) -> str:
 
 
 def now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 # %% ../../nbs/6_session/00_ledger.ipynb #85cb8cf8
 PACKAGES = ("torch", "transformers", "trl", "peft", "lm-eval", "papermill")
@@ -52,7 +58,9 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "lm-eval", "papermill")
 
 def git_commit(folder: Path | None = None) -> str:
     "Short commit hash of a checkout, with `+changes` when it has uncommitted ones; `unknown` outside of git."
-    ask = lambda *words: subprocess.run(["git", *words], cwd=folder or Path.cwd(), capture_output=True, text=True)
+    ask = lambda *words: subprocess.run(
+        ["git", *words], cwd=folder or Path.cwd(), capture_output=True, text=True
+    )
     head = ask("rev-parse", "--short=10", "HEAD")
     if head.returncode:
         return "unknown"
@@ -77,8 +85,12 @@ def provenance() -> dict:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    return {"commit": git_commit(), "python": platform.python_version(), "packages": versions,
-            "machine": f"{processor()}, {os.cpu_count()} cores, {sys.platform}"}
+    return {
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "packages": versions,
+        "machine": f"{processor()}, {os.cpu_count()} cores, {sys.platform}",
+    }
 
 # %% ../../nbs/6_session/00_ledger.ipynb #e0003b3f
 class Ledger:
@@ -90,16 +102,30 @@ class Ledger:
         self.data = read_json(self.path)
 
     @classmethod
-    def create(cls, runs_dir: Path, recipe: Recipe, corpus: list[Path], when: datetime | None = None) -> "Ledger":
+    def create(
+        cls, runs_dir: Path, recipe: Recipe, corpus: list[Path], when: datetime | None = None
+    ) -> "Ledger":
         "A new run folder with the resolved recipe and an empty ledger."
         stamp = f"{when or datetime.now():%Y%m%d-%H%M%S}_{recipe.name}"
-        folder = next(f for f in (Path(runs_dir) / (stamp + end) for end in ("", *(f"-{n}" for n in range(2, 99))))
-                      if not f.exists())
+        folder = next(
+            f
+            for f in (Path(runs_dir) / (stamp + end) for end in ("", *(f"-{n}" for n in range(2, 99))))
+            if not f.exists()
+        )
         folder.mkdir(parents=True)
         save_recipe(recipe, folder / "recipe.yaml")
-        write_json(folder / "session.json", {
-            "run": folder.name, "recipe": recipe.name, "fingerprint": recipe.fingerprint(), "created": now(),
-            "corpus": [str(p) for p in corpus], "provenance": provenance(), "steps": {}})
+        write_json(
+            folder / "session.json",
+            {
+                "run": folder.name,
+                "recipe": recipe.name,
+                "fingerprint": recipe.fingerprint(),
+                "created": now(),
+                "corpus": [str(p) for p in corpus],
+                "provenance": provenance(),
+                "steps": {},
+            },
+        )
         return cls(folder)
 
     @classmethod
@@ -137,13 +163,25 @@ class Ledger:
         write_json(self.path, self.data)
 
     def begin(self, name: str, inputs: str) -> None:
-        self.save(name, status="running", inputs=inputs, attempts=self.step(name)["attempts"] + 1, started=now(),
-                  began=time.time(), error=None)
+        self.save(
+            name,
+            status="running",
+            inputs=inputs,
+            attempts=self.step(name)["attempts"] + 1,
+            started=now(),
+            began=time.time(),
+            error=None,
+        )
 
     def finish(self, name: str, outputs: list[Path]) -> None:
         sums = {str(p.relative_to(self.folder)): file_sha256(p) for p in outputs}
-        self.save(name, status="done", ended=now(), outputs=sums,
-                  seconds=round(time.time() - self.data["steps"][name].pop("began"), 1))
+        self.save(
+            name,
+            status="done",
+            ended=now(),
+            outputs=sums,
+            seconds=round(time.time() - self.data["steps"][name].pop("began"), 1),
+        )
 
     def fail(self, name: str, status: str, error: str) -> None:
         self.data["steps"][name].pop("began", None)
@@ -156,8 +194,11 @@ class Ledger:
             return step["status"]
         if step["inputs"] != inputs:
             return "its inputs changed"
-        wrong = [p for p, known in step["outputs"].items()
-                 if not (self.folder / p).is_file() or file_sha256(self.folder / p) != known]
+        wrong = [
+            p
+            for p, known in step["outputs"].items()
+            if not (self.folder / p).is_file() or file_sha256(self.folder / p) != known
+        ]
         return f"{wrong[0]} is missing or was changed" if wrong else ""
 
 # %% ../../nbs/6_session/00_ledger.ipynb #1ff5ca45
@@ -168,5 +209,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise SessionError(f"another session is working in {folder}; wait for it, or stop it first") from None
+            raise SessionError(
+                f"another session is working in {folder}; wait for it, or stop it first"
+            ) from None
         yield

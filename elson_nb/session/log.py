@@ -14,15 +14,20 @@ from ..recipes import PHASES
 from .ledger import STEPS, Ledger
 from ..store import read_json, write_atomic
 
-# %% ../../nbs/6_session/07_log.ipynb #76a43c8b
+# %% ../../nbs/6_session/07_log.ipynb #352f70d3
 LOG = "TRAINING_LOG.md"
-HEADER = "# Training log\n\nOne entry a session, the newest last. What a person adds stands after *by hand*.\n"
+HEADER = (
+    "# Training log\n\nOne entry a session, the newest last. What a person adds stands after *by hand*.\n"
+)
 
 
 def difficulties(ledger: Ledger) -> list[str]:
     "What went wrong or had to be worked around, as far as the ledger and the metrics know."
-    found = [f"step {STEPS[s]} needed {entry['attempts']} attempts" for s, entry in ledger.data["steps"].items()
-             if entry["attempts"] > 1]
+    found = [
+        f"step {STEPS[s]} needed {entry['attempts']} attempts"
+        for s, entry in ledger.data["steps"].items()
+        if entry["attempts"] > 1
+    ]
     data = ledger.metrics("0")
     if data["buckets"]["set_aside"]:
         found.append(f"{data['buckets']['set_aside']:,} rows of the corpus were set aside")
@@ -38,15 +43,21 @@ def improvements(ledger: Ledger) -> list[str]:
     for p in PHASES:
         metrics = ledger.metrics(p)
         rose = [r for r in metrics["held_out"]["by_domain"] if r["low"] > 0]
-        found += [f"phase {p} raised held-out loss in {r['domain']} by {r['change']:.2f} (n={r['n']}): more of its records, or "
-                  f"a smaller learning rate" for r in rose]
+        found += [
+            f"phase {p} raised held-out loss in {r['domain']} by {r['change']:.2f} (n={r['n']}): "
+            "more of its records, or "
+            f"a smaller learning rate"
+            for r in rose
+        ]
         forecast = ledger.metrics("0")["forecast"][p]["minutes"]
         if forecast and not 0.67 < metrics["totals"]["minutes"] / forecast < 1.5:
-            found.append(f"phase {p} took {metrics['totals']['minutes']:.1f} minutes for {forecast:.1f} forecast: set "
-                         f"budget.tokens_per_second to {metrics['totals']['tokens_per_second']:.0f}")
+            found.append(
+                f"phase {p} took {metrics['totals']['minutes']:.1f} minutes for {forecast:.1f} forecast: set "
+                f"budget.tokens_per_second to {metrics['totals']['tokens_per_second']:.0f}"
+            )
     return found or ["none suggested by the figures"]
 
-# %% ../../nbs/6_session/07_log.ipynb #24e30944
+# %% ../../nbs/6_session/07_log.ipynb #8161e599
 def entry_text(ledger: Ledger) -> str:
     "The entry of a finished session, as Markdown between its markers."
     name, recipe, final = ledger.folder.name, ledger.recipe, ledger.metrics("D")
@@ -55,15 +66,17 @@ def entry_text(ledger: Ledger) -> str:
         f"| {p} {m['title']} | {m['verdict']} | {m['totals']['steps']} | {m['totals']['minutes']:.1f} | "
         f"{m['totals']['final_loss']:.4f} | {m['held_out']['change']['value']:+.3f} "
         f"[{m['held_out']['change']['low']:+.3f}, {m['held_out']['change']['high']:+.3f}] |"
-        for p, m in ((p, ledger.metrics(p)) for p in PHASES))
+        for p, m in ((p, ledger.metrics(p)) for p in PHASES)
+    )
     inference = "\n".join(f"| {a['domain']} | {a['latency_s']:.2f} | {a['tokens']} | |" for a in answers)
     checks = "\n".join(f"| {c['check']} | {c['verdict']} | {c['measured']} |" for c in final["checks"])
     bullets = lambda lines: "\n".join(f"- {line}" for line in lines)
     return f"""<!-- run {name} -->
 ## {name}
 
-Verdict **{final['verdict']}** · recipe {recipe.name} ({recipe.fingerprint()}) · commit {ledger.data['provenance']['commit']} ·
-{ledger.data['provenance']['machine']}
+Verdict **{final["verdict"]}** · recipe {recipe.name} ({recipe.fingerprint()}) ·
+commit {ledger.data["provenance"]["commit"]} ·
+{ledger.data["provenance"]["machine"]}
 
 | phase | verdict | steps | minutes | final loss | held-out change [95%] |
 |---|---|---:|---:|---:|---|
@@ -87,7 +100,7 @@ Improvements to try:
 <!-- end {name} -->
 """
 
-
+# %% ../../nbs/6_session/07_log.ipynb #f6d8ac2f
 def write_entry(log: Path, run: str, text: str) -> Path:
     "Put an entry into the log, in the place of an older one of the same run. Safe under two writers."
     log = Path(log)

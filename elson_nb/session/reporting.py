@@ -17,14 +17,23 @@ from ..evaluation.statistics import CANNOT_TELL, FAIL, NOT_MEASURED, PASS
 from .ledger import Ledger
 from .phases import NOT_APPLICABLE, PhaseStep
 
-# %% ../../nbs/6_session/05_reporting.ipynb #e62b9d8d
-BADGES = {PASS: "#1a7f37", FAIL: "#b42318", CANNOT_TELL: "#9a6700", NOT_MEASURED: "#57606a", NOT_APPLICABLE: "#8c959f"}
+# %% ../../nbs/6_session/05_reporting.ipynb #dfb33da9
+BADGES = {
+    PASS: "#1a7f37",
+    FAIL: "#b42318",
+    CANNOT_TELL: "#9a6700",
+    NOT_MEASURED: "#57606a",
+    NOT_APPLICABLE: "#8c959f",
+}
 
 
 def badge(verdict: str) -> str:
     "A verdict as a coloured label."
-    return (f'<span style="background:{BADGES.get(verdict, "#57606a")};color:#fff;border-radius:4px;padding:1px 8px;'
-            f'font-weight:600;white-space:nowrap">{html.escape(verdict)}</span>')
+    return (
+        f'<span style="background:{BADGES.get(verdict, "#57606a")};color:#fff;border-radius:4px;'
+        'padding:1px 8px;'
+        f'font-weight:600;white-space:nowrap">{html.escape(verdict)}</span>'
+    )
 
 
 def shown(value: object) -> str:
@@ -37,7 +46,7 @@ def shown(value: object) -> str:
         return f"{value:,}"
     return html.escape(str(value))
 
-
+# %% ../../nbs/6_session/05_reporting.ipynb #f2bc3e2e
 def table(rows: Iterable[dict], columns: dict[str, str] | None = None) -> HTML:
     "Rows as a table; `columns` maps keys to headings, and leaves out the rest. Numbers stand right."
     rows = list(rows)
@@ -46,29 +55,52 @@ def table(rows: Iterable[dict], columns: dict[str, str] | None = None) -> HTML:
     columns = columns or {k: k.replace("_", " ") for k in rows[0]}
     side = lambda v: "right" if isinstance(v, (int, float)) and not isinstance(v, bool) else "left"
     head = "".join(f'<th style="text-align:left">{html.escape(c)}</th>' for c in columns.values())
-    body = "".join("<tr>" + "".join(f'<td style="text-align:{side(r.get(k))};vertical-align:top">{shown(r.get(k, ""))}</td>'
-                                    for k in columns) + "</tr>" for r in rows)
-    return HTML(f'<table class="tex2jax_ignore mathjax_ignore"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>')
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f'<td style="text-align:{side(r.get(k))};vertical-align:top">{shown(r.get(k, ""))}</td>'
+            for k in columns
+        )
+        + "</tr>"
+        for r in rows
+    )
+    return HTML(
+        '<table class="tex2jax_ignore mathjax_ignore">'
+        f'<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    )
 
 
 def text_block(text: str, colour: str = "inherit") -> str:
     "Corpus text as a block of its own, wrapped, never interpreted."
-    return (f'<pre class="tex2jax_ignore mathjax_ignore" style="white-space:pre-wrap;margin:2px 0;color:{colour};'
-            f'font-size:12px">{html.escape(text)}</pre>')
+    return (
+        f'<pre class="tex2jax_ignore mathjax_ignore" style="white-space:pre-wrap;'
+        f'word-break:normal;overflow-wrap:anywhere;margin:2px 0;color:{colour};'
+        f'font-size:12px">{html.escape(text)}</pre>'
+    )
 
-# %% ../../nbs/6_session/05_reporting.ipynb #66c50b62
+# %% ../../nbs/6_session/05_reporting.ipynb #051e4ee8
 def summary_placeholder() -> DisplayHandle:
     "The place at the top that `fill_summary` fills."
     return display(HTML(f"<p>{badge(NOT_MEASURED)} this step has not finished</p>"), display_id=True)
 
 
-def fill_summary(handle: DisplayHandle, title: str, verdict: str, figures: dict[str, object], next_step: str = "") -> None:
+def fill_summary(
+    handle: DisplayHandle, title: str, verdict: str, figures: dict[str, object], next_step: str = ""
+) -> None:
     "Verdict, key figures, and what comes next."
-    cards = "".join(f'<td style="padding:4px 18px 4px 0;text-align:left"><div style="font-size:11px;opacity:.7">{html.escape(k)}'
-                    f'</div><div style="font-size:16px">{shown(v)}</div></td>' for k, v in figures.items())
-    handle.update(HTML(f'<div class="tex2jax_ignore mathjax_ignore"><p style="font-size:16px">{badge(verdict)} '
-                       f'<strong>{html.escape(title)}</strong></p><table><tr>{cards}</tr></table>'
-                       f'<p>{html.escape(next_step)}</p></div>'))
+    cards = "".join(
+        '<td style="padding:4px 18px 4px 0;text-align:left">'
+        f'<div style="font-size:11px;opacity:.7">{html.escape(k)}'
+        f'</div><div style="font-size:16px">{shown(v)}</div></td>'
+        for k, v in figures.items()
+    )
+    handle.update(
+        HTML(
+            f'<div class="tex2jax_ignore mathjax_ignore"><p style="font-size:16px">{badge(verdict)} '
+            f"<strong>{html.escape(title)}</strong></p><table><tr>{cards}</tr></table>"
+            f"<p>{html.escape(next_step)}</p></div>"
+        )
+    )
 
 
 def live_line() -> Callable[[dict], None]:
@@ -76,71 +108,126 @@ def live_line() -> Callable[[dict], None]:
     handle = display(HTML("<p>starting …</p>"), display_id=True)
 
     def show(row: dict) -> None:
-        figures = {"loss": "loss {:.3f}", "tokens_per_second": "{:.0f} tokens/s", "seconds_left": "{:.0f} s left",
-                   "part": "{}", "quiz": "{}", "domain": "{}"}
+        figures = {
+            "loss": "loss {:.3f}",
+            "tokens_per_second": "{:.0f} tokens/s",
+            "seconds_left": "{:.0f} s left",
+            "part": "{}",
+            "quiz": "{}",
+            "domain": "{}",
+        }
         parts = [f.format(row[k]) for k, f in figures.items() if k in row]
-        handle.update(HTML(f"<p>step {row['step']} of {row['steps']} · {html.escape(' · '.join(parts))}</p>"))
+        text = html.escape(" · ".join(parts))
+        handle.update(HTML(f"<p>step {row['step']} of {row['steps']} · {text}</p>"))
+
     return show
 
-# %% ../../nbs/6_session/05_reporting.ipynb #078aad8b
+# %% ../../nbs/6_session/05_reporting.ipynb #e6bd4b86
 def provenance_table(ledger: Ledger) -> HTML:
     "Where the run comes from: recipe, commit, versions, machine, thread count."
     source, recipe = ledger.data["provenance"], ledger.recipe
-    rows = {"run": ledger.folder.name, "recipe": f"{recipe.name}, fingerprint {recipe.fingerprint()}",
-            "commit": source["commit"], "base model": f"{recipe.model.name}, {recipe.model.dtype}",
-            "adapter": f"{recipe.adapter.method}, rank {recipe.adapter.rank}, alpha {recipe.adapter.lora_alpha}, "
-                       f"dropout {recipe.adapter.lora_dropout}",
-            "corpus": ", ".join(ledger.data["corpus"]) or f"generated, seed {recipe.curriculum.seed}",
-            "machine": f"{source['machine']}; {recipe.training.threads} threads",
-            "python": source["python"], **source["packages"]}
+    rows = {
+        "run": ledger.folder.name,
+        "recipe": f"{recipe.name}, fingerprint {recipe.fingerprint()}",
+        "commit": source["commit"],
+        "base model": f"{recipe.model.name}, {recipe.model.dtype}",
+        "adapter": f"{recipe.adapter.method}, rank {recipe.adapter.rank}, alpha {recipe.adapter.lora_alpha}, "
+        f"dropout {recipe.adapter.lora_dropout}",
+        "corpus": ", ".join(ledger.data["corpus"]) or f"generated, seed {recipe.curriculum.seed}",
+        "machine": f"{source['machine']}; {recipe.training.threads} threads",
+        "python": source["python"],
+        **source["packages"],
+    }
     return table([{"what": k, "value": v} for k, v in rows.items()])
 
 
 def step_settings(step: PhaseStep) -> HTML:
     "The settings that decide a phase."
     t, phase = step.recipe.training, step.recipe.phases[step.phase]
-    rows = {"records": step.data["records"], "real tokens": step.data["tokens"], "epochs": t.num_train_epochs,
-            "effective batch": t.per_device_train_batch_size * t.gradient_accumulation_steps,
-            "learning rate": step.recipe.learning_rate(step.phase), "schedule": t.lr_scheduler_type,
-            "order": phase.order, "cap on a domain": f"{phase.max_domain_share:.0%}",
-            "weight of high-risk domains": phase.high_risk_weight, "seed": t.seed,
-            "starts from": f"adapter of phase {step.adapter_in.name}" if step.adapter_in else "a fresh adapter"}
+    rows = {
+        "records": step.data["records"],
+        "real tokens": step.data["tokens"],
+        "epochs": t.num_train_epochs,
+        "effective batch": t.per_device_train_batch_size * t.gradient_accumulation_steps,
+        "learning rate": step.recipe.learning_rate(step.phase),
+        "schedule": t.lr_scheduler_type,
+        "order": phase.order,
+        "cap on a domain": f"{phase.max_domain_share:.0%}",
+        "weight of high-risk domains": phase.high_risk_weight,
+        "seed": t.seed,
+        "starts from": f"adapter of phase {step.adapter_in.name}" if step.adapter_in else "a fresh adapter",
+    }
     return table([{"setting": k, "value": v} for k, v in rows.items()])
 
-# %% ../../nbs/6_session/05_reporting.ipynb #8fa2f008
+# %% ../../nbs/6_session/05_reporting.ipynb #129dbdb9
 def masked_examples(step: PhaseStep, count: int = 3) -> HTML:
     "The first records of the phase as the model sees them."
     blocks = []
     for record in step.records[:count]:
         example = step.encoded(record)
         cut = example.completion_mask.index(1)
-        prompt, learned = (step.tokenizer.decode(part) for part in (example.input_ids[:cut], example.input_ids[cut:]))
-        head = f"{record['domain']} · {record['difficulty']} · {len(example)} tokens, {sum(example.completion_mask)} with loss"
-        blocks.append(f"<p><strong>{html.escape(head)}</strong></p>{text_block(prompt, '#8c959f')}{text_block(learned, '#08519c')}")
+        prompt, learned = (
+            step.tokenizer.decode(part) for part in (example.input_ids[:cut], example.input_ids[cut:])
+        )
+        counts = f"{len(example)} tokens, {sum(example.completion_mask)} with loss"
+        head = f"{record['domain']} · {record['difficulty']} · {counts}"
+        blocks.append(
+            f"<p><strong>{html.escape(head)}</strong></p>"
+            f"{text_block(prompt, '#8c959f')}{text_block(learned, '#08519c')}"
+        )
     return HTML("".join(blocks))
 
-
+# %% ../../nbs/6_session/05_reporting.ipynb #b687f1af
 def answer_samples(step: PhaseStep) -> HTML:
     "Greedy answers to held-out questions before and after the phase, beside the expected one."
     blocks = []
     for record in step.held:
         if record["id"] in step.after["answers"]:
-            parts = [("question", record["instruction"] + (f"\n{record['input']}" if record["input"] else ""), "inherit"),
-                     ("expected", record["output"], "#1a7f37"), ("before", step.before["answers"][record["id"]], "#8c959f"),
-                     ("after", step.after["answers"][record["id"]], "#08519c")]
-            blocks.append(f"<p><strong>{html.escape(record['domain'])} · {html.escape(record['difficulty'])}</strong></p>" +
-                          "".join(f"<div style='font-size:11px'>{n}</div>{text_block(t or '(nothing)', c)}" for n, t, c in parts))
+            parts = [
+                (
+                    "question",
+                    record["instruction"] + (f"\n{record['input']}" if record["input"] else ""),
+                    "inherit",
+                ),
+                ("expected", record["output"], "#1a7f37"),
+                ("before", step.before["answers"][record["id"]], "#8c959f"),
+                ("after", step.after["answers"][record["id"]], "#08519c"),
+            ]
+            blocks.append(
+                f"<p><strong>{html.escape(record['domain'] + ' · ' + record['difficulty'])}</strong></p>"
+                + "".join(
+                    f"<div style='font-size:11px'>{n}</div>{text_block(t or '(nothing)', c)}"
+                    for n, t, c in parts
+                )
+            )
     return HTML("".join(blocks))
 
-
+# %% ../../nbs/6_session/05_reporting.ipynb #8bd2fdad
 def worst_records(step: PhaseStep, count: int = 3) -> HTML:
     "The held-out records on which the phase did most harm, or least good."
-    return table([{"domain": w["record"]["domain"], "tier": w["record"]["difficulty"], "before": w["before"],
-                   "after": w["after"], "question": w["record"]["instruction"][:240]} for w in step.worst(count)])
+    return table(
+        [
+            {
+                "domain": w["record"]["domain"],
+                "tier": w["record"]["difficulty"],
+                "before": w["before"],
+                "after": w["after"],
+                "question": w["record"]["instruction"][:240],
+            }
+            for w in step.worst(count)
+        ]
+    )
 
-# %% ../../nbs/6_session/05_reporting.ipynb #a0650b29
-CHANGE_COLUMNS = {"n": "n", "before": "before", "after": "after", "change": "change", "low": "95% from", "high": "to",
-                  "verdict": "verdict"}
+# %% ../../nbs/6_session/05_reporting.ipynb #42edf658
+CHANGE_COLUMNS = {
+    "n": "n",
+    "before": "before",
+    "after": "after",
+    "change": "change",
+    "low": "95% from",
+    "high": "to",
+    "verdict": "verdict",
+}
 
 
 def change_table(step: PhaseStep, key: str) -> HTML:
@@ -156,5 +243,14 @@ def answer_table(answers: list[dict], kind: str, count: int = 8) -> HTML:
     "Benchmark questions that were `gained`, `lost` or `wrong` by both."
     keep = {"gained": (False, True), "lost": (True, False), "wrong": (False, False)}[kind]
     rows = [a for a in answers if (a["right_base"], a["right"]) == keep][:count]
-    return table(rows, {"quiz": "quiz", "tier": "tier", "question": "question", "expected": "expected",
-                        "given_base": "base gave", "given": "adapter gave"})
+    return table(
+        rows,
+        {
+            "quiz": "quiz",
+            "tier": "tier",
+            "question": "question",
+            "expected": "expected",
+            "given_base": "base gave",
+            "given": "adapter gave",
+        },
+    )

