@@ -265,11 +265,13 @@ def unknown_key(key: str, valid: list[str], where: str) -> RecipeError:
     hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(valid))}"
     return RecipeError(f"{where}: there is no setting '{key}'; {hint}")
 
-# %% ../nbs/00_recipes.ipynb #fa59670e
+# %% ../nbs/00_recipes.ipynb #11e9ff4e
 def build_phases(given: dict, where: str) -> dict[str, PhaseConfig]:
     "The reference phases with what the recipe changes in them."
     phases = {k: dataclasses.asdict(p) for k, p in reference_phases().items()}
-    for name, changes in (given or {}).items():
+    check(isinstance(given, dict), f"{where} must be a mapping of A, B and C, not {given!r}")
+    for name, changes in given.items():
+        check(isinstance(changes, dict), f"{where}.{name} must be a mapping of settings, not {changes!r}")
         if name not in phases:
             raise unknown_key(name, list(PHASES), where)
         phases[name] |= changes
@@ -299,7 +301,7 @@ def build(cls: type, given: dict, where: str) -> Any:
         values[key] = value
     return cls(**values)
 
-# %% ../nbs/00_recipes.ipynb #60541414
+# %% ../nbs/00_recipes.ipynb #2c5a8698
 def set_value(tree: dict, assignment: str) -> None:
     "Apply one `section.key=value`, the value read as YAML."
     key, sign, text = assignment.partition("=")
@@ -308,7 +310,10 @@ def set_value(tree: dict, assignment: str) -> None:
     for part in path:
         tree = tree.setdefault(part, {})
         check(isinstance(tree, dict), f"--set {assignment!r}: '{part}' holds no settings")
-    tree[last] = yaml.safe_load(text)
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {assignment!r}: the value is not readable YAML") from None
 
 # %% ../nbs/00_recipes.ipynb #c1625741
 def recipe_names() -> list[str]:

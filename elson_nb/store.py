@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'StoreError', 'write_atomic', 'write_json', 'read_json', 'file_sha256', 'folder_files', 'describe',
-           'copy_described', 'folder_faults', 'LocalStore', 'open_store']
+           'copy_described', 'folder_faults', 'held', 'LocalStore', 'open_store']
 
-# %% ../nbs/01_store.ipynb #62fa8e80
+# %% ../nbs/01_store.ipynb #afa3ed95
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 # %% ../nbs/01_store.ipynb #6c80778e
@@ -54,7 +56,7 @@ def read_json(path: Path) -> dict:
     except ValueError as error:
         raise StoreError(f"{path} is damaged ({error}); delete it and run the step again") from None
 
-# %% ../nbs/01_store.ipynb #72d4afe4
+# %% ../nbs/01_store.ipynb #f192059c
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -62,7 +64,7 @@ def file_sha256(path: Path) -> str:
 
 def folder_files(folder: Path) -> list[Path]:
     "All files below a folder, sorted, the manifest left out."
-    return sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.name != MANIFEST)
+    return sorted(p for p in Path(folder).rglob("*") if p.is_file() and p != Path(folder) / MANIFEST)
 
 
 def describe(folder: Path, name: str) -> dict:
@@ -73,7 +75,7 @@ def describe(folder: Path, name: str) -> dict:
     }
     return {"name": name, "bytes": sum(f["bytes"] for f in files.values()), "files": files}
 
-# %% ../nbs/01_store.ipynb #bf10a0b0
+# %% ../nbs/01_store.ipynb #bda133d7
 def copy_described(folder: Path, target: Path, name: str) -> dict:
     "Copy the files of `folder` into `target` and add a manifest of the copies; returns it."
     for file in folder_files(folder):
@@ -86,17 +88,29 @@ def copy_described(folder: Path, target: Path, name: str) -> dict:
 
 
 def folder_faults(folder: Path) -> list[str]:
-    "Every file that is missing from a folder or differs from its manifest, a line each."
-    faults = []
-    for relative, expected in read_json(Path(folder) / MANIFEST)["files"].items():
+    "Every file that is missing, differs from the manifest or is not in it, a line each."
+    faults, listed = [], read_json(Path(folder) / MANIFEST)["files"]
+    for relative, expected in listed.items():
         file = Path(folder) / relative
         if not file.is_file():
             faults.append(f"{relative} is missing")
         elif file.stat().st_size != expected["bytes"] or file_sha256(file) != expected["sha256"]:
             faults.append(f"{relative} differs from its manifest")
-    return faults
+    present = {str(p.relative_to(folder)) for p in folder_files(folder)}
+    return faults + [f"{relative} is not in its manifest" for relative in sorted(present - set(listed))]
 
-# %% ../nbs/01_store.ipynb #1d541181
+
+@contextmanager
+def held(folder: Path):
+    "Keep other writers out of a folder; the system lets go when a process dies."
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+# %% ../nbs/01_store.ipynb #dad9e6e8
 class LocalStore:
     "Artifacts as folders below `root`."
 
@@ -126,13 +140,14 @@ class LocalStore:
         try:
             manifest = copy_described(folder, partial, name)
             os.chmod(partial, 0o755)
-            if target.exists():
-                target.rename(Path(tempfile.mkdtemp(dir=self.root, prefix=f".old-{name}-")) / name)
-            partial.rename(target)
+            with held(self.root):
+                if target.exists():
+                    target.rename(Path(tempfile.mkdtemp(dir=self.root, prefix=f".old-{name}-")) / name)
+                partial.rename(target)
+                for old in self.root.glob(f".old-{name}-*"):
+                    shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-            for old in self.root.glob(f".old-{name}-*"):
-                shutil.rmtree(old, ignore_errors=True)
         return manifest
 
     def verify(self, name: str) -> list[str]:

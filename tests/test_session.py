@@ -38,11 +38,11 @@ def ok(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
 
 def wait_for(run_dir: Path, phase: str, process: subprocess.Popen, seconds: float = 120) -> dict:
     "The first progress row of a step that has a step count, or a message with *scoring*."
-    until = time.time() + seconds
-    while time.time() < until and process.poll() is None:
+    since = time.time()  # a row of an earlier attempt does not count
+    while time.time() < since + seconds and process.poll() is None:
         try:
             row = json.loads((run_dir / "progress.json").read_text())
-            if row["phase"] == phase and ("step" in row or "scoring" in row.get("message", "")):
+            if row["phase"] == phase and row["at"] >= since and ("step" in row or "scoring" in row.get("message", "")):
                 return row
         except (OSError, ValueError, KeyError):
             pass
@@ -162,9 +162,10 @@ def test_a_dead_kernel_and_a_ctrl_c_lose_nothing(smoke_run, tmp_path):
     assert process.returncode == 1 and "kernel died" in complaint and "--resume" in complaint
 
     process = subprocess.Popen([*ELSON, "run", "--resume", str(run), "-q"], stderr=subprocess.PIPE, text=True)
-    kernel = wait_for(run, "B", process)["pid"]
+    wait_for(run, "A", process)
     second = elson("run", "--resume", run, "-q")
     assert second.returncode == 1 and "another session" in second.stderr
+    kernel = wait_for(run, "B", process)["pid"]
     process.send_signal(signal.SIGINT)
     _, complaint = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in complaint and "Traceback" not in complaint

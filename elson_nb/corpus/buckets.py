@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INDEX_SCHEMA', 'BucketError', 'estimate_tokens', 'read_sources', 'place', 'bucket_path', 'write_buckets',
-           'build_buckets', 'load_index', 'read_records', 'stock_table']
+           'build_buckets', 'load_index', 'bucket_line', 'read_records', 'stock_table']
 
 # %% ../../nbs/1_corpus/03_buckets.ipynb #b52331e6
 import json
@@ -167,7 +167,15 @@ def load_index(folder: Path) -> pl.DataFrame:
         raise BucketError(f"{path} lists no records; build the buckets from a corpus that has some")
     return index
 
-# %% ../../nbs/1_corpus/03_buckets.ipynb #b6e89026
+# %% ../../nbs/1_corpus/03_buckets.ipynb #f2d2e7bc
+def bucket_line(path: Path, offset: int, line: bytes) -> dict:
+    "One line of a bucket file; a damaged one is a `BucketError`."
+    try:
+        return json.loads(line)
+    except ValueError:
+        raise BucketError(f"{path} is damaged at byte {offset}; build the buckets again") from None
+
+
 def read_records(folder: Path, rows: pl.DataFrame) -> list[dict]:
     "Records of index rows, in the order of the rows."
     folder = Path(folder) if (Path(folder) / "domain_buckets").is_dir() else Path(folder).parent
@@ -179,7 +187,7 @@ def read_records(folder: Path, rows: pl.DataFrame) -> list[dict]:
         with open(path, "rb") as file:
             for record_id, offset in zip(group["id"], group["offset"]):
                 file.seek(offset)
-                found[record_id] = record = json.loads(file.readline())
+                found[record_id] = record = bucket_line(path, offset, file.readline())
                 if record["id"] != record_id:
                     raise BucketError(
                         f"{path} does not match its index at byte {offset}; build the buckets again"

@@ -14,14 +14,15 @@ import polars as pl
 from ..corpus.records import TIERS
 from ..recipes import PhaseConfig
 
-# %% ../../nbs/2_curriculum/00_plan.ipynb #aa596b08
+# %% ../../nbs/2_curriculum/00_plan.ipynb #70a61106
 class ShortfallError(ValueError):
     "The buckets cannot give what a mix asks for, and the policy is `strict`."
 
 
 def apportion(total: int, shares: dict[str, float]) -> dict[str, int]:
     "Split `total` by shares that sum to one (Hamilton's method); ties go to the earlier key."
-    exact = {k: total * v for k, v in shares.items()}
+    whole = sum(shares.values())  # a recipe may be off 1 by a rounding; the split may not
+    exact = {k: total * v / whole for k, v in shares.items()}
     counts = {k: int(v + 1e-9) for k, v in exact.items()}
     order = sorted(shares, key=lambda k: counts[k] - exact[k])
     for key in order[: total - sum(counts.values())]:

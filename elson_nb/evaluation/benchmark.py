@@ -75,14 +75,14 @@ def ask(question: Question, template: str = PROMPT_TEMPLATE) -> str:
     unit = f" Answer with one figure {UNITS.get(question.unit, '')}." if question.kind == "numeric" else ""
     return template.replace("{question}", question.question + unit.replace(" .", "."))
 
-# %% ../../nbs/4_evaluation/00_benchmark.ipynb #fdfcff1d
-NUMBER = re.compile(r"(?<![\w.])[-−]?\$?\s?\d[\d,]*(?:\.\d+)?")
+# %% ../../nbs/4_evaluation/00_benchmark.ipynb #37aeeb85
+NUMBER = re.compile(r"(?<![\w.,])(?:USD\s?)?[-−]?\$?\s?\d[\d,]*(?:\.\d+)?")
 
 
 def last_number(text: str) -> float | None:
     "The last figure in a text, or None."
     found = NUMBER.findall(text)
-    return float(re.sub(r"[$,\s]", "", found[-1]).replace("−", "-")) if found else None
+    return float(re.sub(r"[$,\sUSD]", "", found[-1]).replace("−", "-")) if found else None
 
 
 def is_right(question: Question, answer: float | None) -> bool:

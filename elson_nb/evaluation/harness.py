@@ -59,7 +59,7 @@ def task_of(name: str, questions: list[Question], template: str, config: Evaluat
         "metric_list": [{"metric": "right", "aggregation": "mean", "higher_is_better": True}],
     }
 
-# %% ../../nbs/4_evaluation/01_harness.ipynb #df1768fd
+# %% ../../nbs/4_evaluation/01_harness.ipynb #434f7314
 def answer_row(question: Question, sample: dict) -> dict:
     "What a report and a comparison need of one answered question."
     row = {
@@ -72,7 +72,7 @@ def answer_row(question: Question, sample: dict) -> dict:
     }
     if question.kind == "multiple_choice":
         likelihood = [float(r[0]) for r in sample["filtered_resps"]]
-        each = [v / max(1, len(c.encode())) for v, c in zip(likelihood, question.choices)]
+        each = [v / max(1, len(c)) for v, c in zip(likelihood, question.choices)]
         return row | {
             "right": bool(sample["acc_norm"]),
             "given": question.choices[each.index(max(each))],

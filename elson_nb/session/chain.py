@@ -7,12 +7,14 @@ __all__ = ['PHASE_NOTEBOOKS', 'BAD_INPUT', 'StepFailed', 'corpus_hash', 'step_in
            'kernel_environment', 'PrivateKernelManager', 'environment', 'stop_kernel', 'explain', 'keep_failed',
            'strip_timing', 'run_step', 'wanted_steps', 'check_order', 'run_chain', 'watching', 'is_complete']
 
-# %% ../../nbs/6_session/06_chain.ipynb #5f7e7446
+# %% ../../nbs/6_session/06_chain.ipynb #4a281904
 import contextlib
 import errno
 import json
+import logging
 import os
 import signal
+import tempfile
 import threading
 import time
 import warnings
@@ -24,7 +26,7 @@ import papermill
 from jupyter_client import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
-from traitlets import CaselessStrEnum
+from traitlets import CaselessStrEnum, default
 
 from ..recipes import PHASES
 from .ledger import STEPS, Ledger, SessionError, digest, locked
@@ -96,8 +98,8 @@ def check_parameters(notebook: Path, parameters: dict) -> None:
                 f"{notebook.name} has no parameter '{name}'; it has {', '.join(known)}", exit_code=2
             )
 
-# %% ../../nbs/6_session/06_chain.ipynb #5cbb77e0
-def kernel_environment(threads: int) -> dict[str, str]:
+# %% ../../nbs/6_session/06_chain.ipynb #7ffb5b43
+def kernel_environment(threads: int, log: Path) -> dict[str, str]:
     "What a kernel of a step should find: no bars in the notebook, a fixed thread count, no telemetry."
     return {
         "TQDM_DISABLE": "1",
@@ -106,13 +108,24 @@ def kernel_environment(threads: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(threads),
         "PYTHONHASHSEED": "0",
+        "ELSON_KERNEL_LOG": str(log),
     }
 
 
 class PrivateKernelManager(AsyncKernelManager):
-    "Kernels behind a socket file of this user, not behind an open port of the machine."
+    "Kernels behind socket files of this user, in a folder that goes with them, not behind open ports."
 
     transport = CaselessStrEnum(["tcp", "ipc"], default_value="ipc", config=True)
+
+    @default("ip")
+    def _private_sockets(self) -> str:
+        self.sockets = tempfile.TemporaryDirectory(prefix="elson-kernel-")
+        return f"{self.sockets.name}/kernel"
+
+    async def _async_launch_kernel(self, kernel_cmd: list[str], **options) -> None:
+        "What a kernel says outside its cells goes to `kernel.log` of the run, not into the progress line."
+        with open(os.environ.get("ELSON_KERNEL_LOG", os.devnull), "ab") as log:
+            await super()._async_launch_kernel(kernel_cmd, **options, stdout=log, stderr=log)
 
 
 @contextlib.contextmanager
@@ -126,10 +139,10 @@ def environment(values: dict[str, str]) -> Iterator[None]:
         for key, value in kept.items():
             os.environ.pop(key) if value is None else os.environ.update({key: value})
 
-# %% ../../nbs/6_session/06_chain.ipynb #4bc6167c
+# %% ../../nbs/6_session/06_chain.ipynb #98e7f8de
 def stop_kernel(folder: Path) -> None:
     "End the kernel that last reported progress, if it is still there."
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         os.kill(json.loads((folder / "progress.json").read_text())["pid"], signal.SIGKILL)
 
 
@@ -171,7 +184,7 @@ def strip_timing(notebook: Path) -> None:
     node.metadata.pop("papermill", None)
     nbformat.write(node, notebook)
 
-# %% ../../nbs/6_session/06_chain.ipynb #5337d2c4
+# %% ../../nbs/6_session/06_chain.ipynb #d97b968f
 def run_step(ledger: Ledger, step: str, inputs: str) -> None:
     "Execute the notebook of a step. Raises `StepFailed`, or `KeyboardInterrupt` with the ledger saying so."
     source, target = PHASE_NOTEBOOKS / f"{STEPS[step]}.ipynb", ledger.folder / f"{STEPS[step]}.ipynb"
@@ -179,9 +192,10 @@ def run_step(ledger: Ledger, step: str, inputs: str) -> None:
     check_parameters(source, parameters)
     keep_failed(ledger, step)
     ledger.begin(step, inputs)
-    ledger.show_progress(step, message="starting a kernel")
+    ledger.show_progress(step, message="starting a kernel", pid=None)  # this process is no kernel
     try:
-        with environment(kernel_environment(ledger.recipe.training.threads)), warnings.catch_warnings():
+        variables = kernel_environment(ledger.recipe.training.threads, ledger.folder / "kernel.log")
+        with environment(variables), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # papermill's own, about parameters it has just written
             papermill.execute_notebook(
                 str(source),
@@ -195,6 +209,7 @@ def run_step(ledger: Ledger, step: str, inputs: str) -> None:
         strip_timing(target)
         ledger.finish(step, step_outputs(ledger.folder, step))
     except KeyboardInterrupt:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # else it tells of the loop left behind
         stop_kernel(ledger.folder)
         ledger.fail(step, "interrupted", "interrupted from the keyboard")
         raise

@@ -58,7 +58,7 @@ def plain_errors() -> Iterator[None]:
             raise fail(str(error), 1) from None
         raise
 
-# %% ../../nbs/6_session/10_terminal.ipynb #4f4e67d3
+# %% ../../nbs/6_session/10_terminal.ipynb #826c34bb
 def emit(value: dict | list, text: Callable[[], None], as_json: bool) -> None:
     "Print for a script or for a person."
     if as_json:
@@ -71,6 +71,7 @@ def grid(rows: list[dict], columns: dict[str, str]) -> Table:
     "Rows as a table; numbers stand right, and nothing in a cell is markup."
     made = Table(*columns.values(), box=None, pad_edge=False, header_style="bold")
     for column, key in zip(made.columns, columns):
+        column.overflow = "fold"
         column.justify = "right" if rows and isinstance(rows[0].get(key), (int, float)) else "left"
     for row in rows:
         made.add_row(
@@ -93,7 +94,7 @@ def counting(label: str, quiet: bool) -> Iterator[Callable[[int], None]]:
     with err.status(label) as status:
         yield lambda n: status.update(f"{label}: {n:,} rows")
 
-# %% ../../nbs/6_session/10_terminal.ipynb #e32a7fb9
+# %% ../../nbs/6_session/10_terminal.ipynb #bb6adc10
 def print_dry_run(plan: dict) -> None:
     "A dry run for a person."
     out.print(
@@ -106,6 +107,11 @@ def print_dry_run(plan: dict) -> None:
         f"domains; {plan['held_out']} held out, {plan['too_long']} too long; tokens {plan['token_count']}",
         markup=False,
     )
+    if plan["too_long"] > plan["buckets"]["records"] // 4:
+        out.print(
+            f"{plan['too_long']:,} records are too long: raise the limit with --set training.max_length=…",
+            markup=False,
+        )
     rows = [
         {"phase": p, **{k: v[k] for k in ("records", "tokens", "domains", "steps", "minutes", "usd")}}
         for p, v in plan["phases"].items()

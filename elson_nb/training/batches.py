@@ -18,7 +18,7 @@ def format_prompt(instruction: str, input: str = "", template: str = PROMPT_TEMP
     "The text before the answer; `input` (context, a table) follows the question after a blank line."
     return template.replace("{question}", f"{instruction}\n\n{input}" if input else instruction)
 
-# %% ../../nbs/3_training/01_batches.ipynb #207a3ed4
+# %% ../../nbs/3_training/01_batches.ipynb #6990bce1
 @dataclass(frozen=True)
 class Example:
     "One record as the model sees it. `completion_mask` is 1 where a token carries loss."
@@ -34,8 +34,9 @@ class Example:
 def encode(record: dict, tokenizer, template: str = PROMPT_TEMPLATE) -> Example:
     "Tokens of prompt and completion; the end token closes the completion, so the model learns to stop."
     prompt_text = format_prompt(record["instruction"], record.get("input", ""), template)
-    prompt = tokenizer(prompt_text, add_special_tokens=False)["input_ids"]
-    completion = tokenizer(record["output"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    plain = {"add_special_tokens": False, "split_special_tokens": True}  # "<|im_end|>" in a text stays text
+    prompt = tokenizer(prompt_text, **plain)["input_ids"]
+    completion = tokenizer(record["output"], **plain)["input_ids"] + [tokenizer.eos_token_id]
     return Example(record["id"], prompt + completion, [0] * len(prompt) + [1] * len(completion))
 
 

@@ -88,7 +88,7 @@ def save_adapter(model, tokenizer, folder: Path, metadata: dict, base_name: str)
     os.replace(partial, folder)
     return folder
 
-# %% ../../nbs/3_training/02_phase.ipynb #0e2e1b00
+# %% ../../nbs/3_training/02_phase.ipynb #6a0bc8d8
 class StepReporter(TrainerCallback):
     "Collects one row per optimiser step and passes it on."
 
@@ -125,11 +125,12 @@ class StepReporter(TrainerCallback):
             ),
         }
         self.rows.append(row)
-        if not math.isfinite(row["loss"]):
-            raise TrainingError(
-                f"loss is {row['loss']} at step {row['step']}; "
-                f"lower training.learning_rate (now {row['learning_rate']:.2g}) and resume"
-            )
+        for key in ("loss", "grad_norm"):
+            if not math.isfinite(row[key]):
+                raise TrainingError(
+                    f"{key} is {row[key]} at step {row['step']}; "
+                    f"lower training.learning_rate (now {row['learning_rate']:.2g}) and resume"
+                )
         if self.on_step:
             self.on_step(row)
 
@@ -158,7 +159,7 @@ def tokens_per_step(examples: list[Example], training: TrainingConfig) -> list[i
         for i in range(0, per_epoch, each)
     ]
 
-# %% ../../nbs/3_training/02_phase.ipynb #52359fec
+# %% ../../nbs/3_training/02_phase.ipynb #34c1560c
 def trainer_config(recipe: Recipe, phase: str, steps: int, folder: Path) -> SFTConfig:
     "The recipe in TRL's words."
     t, on_gpu = recipe.training, torch.cuda.is_available()
@@ -182,6 +183,7 @@ def trainer_config(recipe: Recipe, phase: str, steps: int, folder: Path) -> SFTC
         train_sampling_strategy="sequential",
         save_strategy="no",
         logging_steps=1,
+        logging_nan_inf_filter=False,  # or a NaN is logged as 0.0 and StepReporter never sees it
         report_to="none",
         disable_tqdm=True,
         use_cpu=not on_gpu,
