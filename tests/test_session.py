@@ -42,7 +42,8 @@ def wait_for(run_dir: Path, phase: str, process: subprocess.Popen, seconds: floa
     while time.time() < since + seconds and process.poll() is None:
         try:
             row = json.loads((run_dir / "progress.json").read_text())
-            if row["phase"] == phase and row["at"] >= since and ("step" in row or "scoring" in row.get("message", "")):
+            busy = "step" in row or "scoring" in row.get("message", "")
+            if row["phase"] == phase and row["at"] >= since and busy:
                 return row
         except (OSError, ValueError, KeyError):
             pass
