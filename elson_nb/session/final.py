@@ -30,14 +30,15 @@ from ..store import open_store, read_json, write_json
 from ..training.base import fetch_base, load_base
 from ..training.phase import attach_adapter
 
-# %% ../../nbs/6_session/03_final.ipynb #526697e4
+# %% ../../nbs/6_session/03_final.ipynb #b5c24886
 TARGETS = {"overall": 0.80, "category": 0.70, "tool_use": 0.95, "latency_ms": 2000}
 
 
 def quiz_rows(base: list[dict], adapter: list[dict]) -> list[dict]:
-    "Accuracy of base and adapter for each quiz, with Wilson intervals, and for all of them together."
+    "Accuracy of base and adapter per quiz and in all, with Wilson intervals, and what guessing would give."
     rows = []
     for quiz in [*sorted({r["quiz"] for r in base}), "all"]:
+        asked = [a for a in adapter if quiz in (a["quiz"], "all")]
         pairs = [(b["right"], a["right"]) for b, a in zip(base, adapter) if quiz in (b["quiz"], "all")]
         one, two = (wilson(sum(right), len(pairs)) for right in zip(*pairs))
         rows.append(
@@ -50,6 +51,7 @@ def quiz_rows(base: list[dict], adapter: list[dict]) -> list[dict]:
                 "adapter": two.value,
                 "adapter_low": two.low,
                 "adapter_high": two.high,
+                "guessing": sum(a["kind"] == "multiple_choice" for a in asked) / 4 / one.n,
             }
         )
     return rows
