@@ -26,5 +26,6 @@ lab: setup            ## JupyterLab on the notebooks
 
 bench: setup          ## benchmarks; figures go to benchmarks/results
 	$(BIN)/python benchmarks/plan_and_sample.py
+	$(BIN)/python benchmarks/audit_scale.py --out benchmarks/results/audit_scale.json
 
 .PHONY: run test setup sync lab bench

@@ -8,7 +8,7 @@ __all__ = ['RECIPES', 'PHASES', 'TIERS', 'METHODS', 'PROMPT_TEMPLATE', 'RecipeEr
            'StoreConfig', 'Recipe', 'fits', 'number', 'unknown_key', 'build_phases', 'build', 'set_value',
            'recipe_names', 'load_recipe', 'save_recipe']
 
-# %% ../nbs/00_recipes.ipynb #2f5b47e8
+# %% ../nbs/00_recipes.ipynb #7beefa8b
 import dataclasses
 import difflib
 import hashlib
@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-# %% ../nbs/00_recipes.ipynb #4cd21590
+# %% ../nbs/00_recipes.ipynb #5ff9b92d
 RECIPES = Path(__file__).parent / "recipes" if "__file__" in globals() else Path("../elson_nb/recipes")
 PHASES = ("A", "B", "C")
 TIERS = ("easy", "medium", "hard", "extremely_complex")
@@ -36,7 +36,7 @@ def check(condition: bool, message: str) -> None:
     if not condition:
         raise RecipeError(message)
 
-# %% ../nbs/00_recipes.ipynb #6b7066bc
+# %% ../nbs/00_recipes.ipynb #31d42ccc
 @dataclass(frozen=True)
 class ModelConfig:
     name: str = "SmolLM2-135M-Instruct"  # folder name in the cache and in reports
@@ -59,7 +59,7 @@ class ModelConfig:
             f"model.quantization is '{self.quantization}'; use none or nf4",
         )
 
-# %% ../nbs/00_recipes.ipynb #a9bb6f55
+# %% ../nbs/00_recipes.ipynb #ef00b9bb
 @dataclass(frozen=True)
 class AdapterConfig:
     method: str = "dora"  # dora, qdora (4-bit base), lora (for comparison; never released)
@@ -76,7 +76,7 @@ class AdapterConfig:
             0 <= self.lora_dropout < 1, f"adapter.lora_dropout is {self.lora_dropout}; it must be in [0, 1)"
         )
 
-# %% ../nbs/00_recipes.ipynb #c7a94bea
+# %% ../nbs/00_recipes.ipynb #34739a8a
 @dataclass(frozen=True)
 class PhaseConfig:
     title: str
@@ -106,7 +106,7 @@ class PhaseConfig:
         )
         check(self.high_risk_weight > 0, f"high_risk_weight is {self.high_risk_weight}; it must be above 0")
 
-# %% ../nbs/00_recipes.ipynb #8813e367
+# %% ../nbs/00_recipes.ipynb #abbcc80d
 def reference_phases() -> dict[str, PhaseConfig]:
     "The three phases of the reference curriculum: tier mixes, the 15% cap in B, the weight on risk in C."
     mix = lambda *shares: dict(zip(TIERS, shares))
@@ -116,7 +116,7 @@ def reference_phases() -> dict[str, PhaseConfig]:
         "C": PhaseConfig("Stress Epoch", mix(0.10, 0.25, 0.35, 0.30), 0.24, high_risk_weight=2.0),
     }
 
-# %% ../nbs/00_recipes.ipynb #35c37aff
+# %% ../nbs/00_recipes.ipynb #41fda4de
 @dataclass(frozen=True)
 class CurriculumConfig:
     target_records: int = 15000  # records of one cycle, over all phases
@@ -124,6 +124,7 @@ class CurriculumConfig:
     shortfall: str = "nearest"  # strict, nearest or undershoot
     held_out_records: int = 96  # kept out of every phase and scored before and after each
     corpus_scale: float = 0.05  # size of the generated corpus when none is given, 1 = 40,993 records
+    corpus_domains: list[str] | None = None  # domains of the generated corpus, null = all
 
     def __post_init__(self):
         check(
@@ -139,7 +140,7 @@ class CurriculumConfig:
             f"curriculum.corpus_scale is {self.corpus_scale}; it must be in (0, 1]",
         )
 
-# %% ../nbs/00_recipes.ipynb #c1a099d3
+# %% ../nbs/00_recipes.ipynb #bff9cd85
 PROMPT_TEMPLATE = "### Instruction:\n{question}\n\n### Response:\n"
 
 
@@ -171,7 +172,7 @@ class TrainingConfig:
             check(getattr(self, key) > 0, f"training.{key} is {getattr(self, key)}; it must be at least 1")
         check(self.learning_rate > 0, f"training.learning_rate is {self.learning_rate}; it must be above 0")
 
-# %% ../nbs/00_recipes.ipynb #0a5a890d
+# %% ../nbs/00_recipes.ipynb #93ae59c1
 @dataclass(frozen=True)
 class EvaluationConfig:
     quizzes: list[str] | None = None  # names of quizzes, null = all
@@ -198,7 +199,7 @@ class BudgetConfig:
 class StoreConfig:
     url: str | None = None  # a folder that receives the released adapter; null = keep it in the run
 
-# %% ../nbs/00_recipes.ipynb #cab7d900
+# %% ../nbs/00_recipes.ipynb #bec0bc28
 @dataclass(frozen=True)
 class Recipe:
     "Everything a run depends on beside its corpus."
@@ -237,7 +238,7 @@ class Recipe:
         "Sixteen hex digits that change when any setting does."
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/00_recipes.ipynb #f289435d
+# %% ../nbs/00_recipes.ipynb #a52cf294
 def fits(value: Any, kind: Any) -> bool:
     "Whether a YAML value is of an annotated type; an int does for a float, a bool never for a number."
     origin = typing.get_origin(kind)
@@ -251,7 +252,7 @@ def fits(value: Any, kind: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, origin or kind)
 
-# %% ../nbs/00_recipes.ipynb #282e2f4e
+# %% ../nbs/00_recipes.ipynb #f8a3556e
 def number(text: str, where: str) -> float:
     "The number in a word such as 2e-4; raises `RecipeError` where there is none."
     try:
@@ -265,7 +266,7 @@ def unknown_key(key: str, valid: list[str], where: str) -> RecipeError:
     hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(valid))}"
     return RecipeError(f"{where}: there is no setting '{key}'; {hint}")
 
-# %% ../nbs/00_recipes.ipynb #11e9ff4e
+# %% ../nbs/00_recipes.ipynb #f34b08df
 def build_phases(given: dict, where: str) -> dict[str, PhaseConfig]:
     "The reference phases with what the recipe changes in them."
     phases = {k: dataclasses.asdict(p) for k, p in reference_phases().items()}
@@ -301,7 +302,7 @@ def build(cls: type, given: dict, where: str) -> Any:
         values[key] = value
     return cls(**values)
 
-# %% ../nbs/00_recipes.ipynb #2c5a8698
+# %% ../nbs/00_recipes.ipynb #4193b2ff
 def set_value(tree: dict, assignment: str) -> None:
     "Apply one `section.key=value`, the value read as YAML."
     key, sign, text = assignment.partition("=")
@@ -315,7 +316,7 @@ def set_value(tree: dict, assignment: str) -> None:
     except yaml.YAMLError:
         raise RecipeError(f"--set {assignment!r}: the value is not readable YAML") from None
 
-# %% ../nbs/00_recipes.ipynb #c1625741
+# %% ../nbs/00_recipes.ipynb #175b31da
 def recipe_names() -> list[str]:
     return sorted(p.stem for p in RECIPES.glob("*.yaml"))
 

@@ -1,6 +1,8 @@
 """Every computation is worked out a second time: by numpy-financial, scipy, recursion or printed tables."""
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import numpy_financial as npf
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 
 from elson_nb.corpus import business, finance, tax
+from elson_nb.corpus.knowledge import FUNCTIONS
 
 fast = settings(derandomize=True, max_examples=40, deadline=None)
 money = st.floats(1, 1e6, allow_nan=False).map(lambda x: round(x, 2))
@@ -291,3 +294,92 @@ def test_business_by_hand():
 def test_a_bad_value_is_refused_in_words(call, part):
     with pytest.raises(ValueError, match=part):
         call()
+
+
+@fast
+@given(st.floats(0.01, 0.3), st.sampled_from([2, 4, 12, 365]), st.floats(0.0, 0.1))
+def test_rates_by_compounding_a_dollar(nominal, per_year, inflation):
+    dollar = 1.0
+    for _ in range(per_year):
+        dollar += dollar * nominal / per_year
+    assert finance.effective_annual_rate(nominal, per_year) == pytest.approx(dollar - 1)
+    basket = 1 + inflation  # what the goods of a dollar cost after a year
+    assert (1 + finance.real_return(nominal, inflation)) * basket == pytest.approx(1 + nominal)
+
+
+@fast
+@given(st.floats(0.0, 0.1), st.floats(0.01, 0.12), st.integers(1, 30))
+def test_macaulay_duration_is_the_elasticity_of_the_price(coupon, rate, term):
+    price = lambda y: sum(
+        (coupon / 2 * 100 + (100 if k == 2 * term else 0)) / (1 + y / 2) ** k for k in range(1, 2 * term + 1)
+    )
+    step = 1e-5
+    slope = (price(rate + step) - price(rate - step)) / (2 * step)
+    expected = -slope * (1 + rate / 2) / price(rate)
+    assert finance.macaulay_duration(coupon, rate, term) == pytest.approx(expected, rel=1e-4)
+
+
+@fast
+@given(st.lists(st.floats(-0.5, 0.5), min_size=2, max_size=5), st.floats(0.0, 0.03), st.floats(0.05, 0.4))
+def test_portfolio_return_and_sharpe_ratio(returns, risk_free, stdev):
+    weights = [1 / len(returns)] * len(returns)
+    mean = finance.portfolio_return(weights, returns)
+    assert mean == pytest.approx(np.mean(returns))
+    assert finance.sharpe_ratio(mean, risk_free, stdev) * stdev + risk_free == pytest.approx(mean)
+
+
+@fast
+@given(st.integers(1_000, 500_000), st.floats(0.03, 0.1), st.floats(0.001, 0.02), st.integers(1, 30))
+def test_fee_drag_by_stepping(amount, gross, fee, term):
+    free, charged = float(amount), float(amount)
+    for _ in range(term):
+        free, charged = free * (1 + gross), charged * (1 + gross - fee)
+    assert finance.fee_drag(amount, gross, fee, term) == pytest.approx(free - charged, abs=0.011)
+
+
+def test_deferral_limits_of_2025_by_age():
+    table = {49: 23_500, 50: 31_000, 59: 31_000, 60: 34_750, 63: 34_750, 64: 31_000}
+    assert {age: tax.deferral_limit(age) for age in table} == table
+
+
+@fast
+@given(st.integers(10_000, 900_000), st.integers(0, 9_000), st.integers(1_000, 90_000), st.integers(1, 900))
+def test_units_of_production_use_up_the_cost(cost, salvage, capacity, units):
+    once = business.units_of_production(cost, salvage, capacity, units)
+    assert once * capacity / units == pytest.approx(cost - salvage, rel=1e-3, abs=0.006 * capacity / units)
+
+
+@fast
+@given(money, money, money, money)
+def test_liquidity_and_turnover(cash, securities, receivables, liabilities):
+    quick = business.quick_ratio(cash, securities, receivables, liabilities)
+    assert quick * liabilities == pytest.approx(cash + securities + receivables)
+    assert business.current_ratio(cash, liabilities) * liabilities == pytest.approx(cash)
+    assert business.turnover(cash, securities, receivables) * (securities + receivables) == pytest.approx(
+        2 * cash
+    )
+
+
+@fast
+@given(st.integers(100, 10_000), st.integers(10, 500), st.floats(0.05, 0.3), st.floats(0.01, 0.1))
+def test_insurer_ratios(pure, fixed, variable, profit):
+    rate = business.gross_premium(pure, fixed, variable, profit)
+    assert rate - rate * variable - rate * profit == pytest.approx(pure + fixed, abs=0.02)
+    assert business.loss_ratio(pure, fixed, 2 * (pure + fixed)) == pytest.approx(0.5)
+    days = [business.earned_premium(pure, day) for day in (0, 73, 365)]
+    assert days == [0, pytest.approx(pure / 5, abs=0.006), pure]
+
+
+@fast
+@given(st.integers(0, 10**9), st.integers(0, 99), st.sampled_from([1, -1]))
+def test_cents_round_half_away_from_nought(dollars, hundredths, sign):
+    amount = sign * float(f"{dollars}.{hundredths:02d}5")
+    assert finance.cents(amount) == pytest.approx(sign * (dollars + (hundredths + 1) / 100), abs=1e-6)
+
+
+def test_every_named_computation_is_worked_out_a_second_time():
+    folder = Path(__file__).parent
+    text = "".join(path.read_text(encoding="utf-8") for path in folder.glob("test_*.py"))
+    named = [name for name in FUNCTIONS if name not in ("round", "min", "max", "abs", "sum", "len")]
+    assert len(named) > 200
+    assert not [name for name in named if not re.search(rf"\.{name}\b|import .*\b{name}\b", text)]

@@ -17,7 +17,7 @@ PACKAGE, NBS = ROOT / "elson_nb", ROOT / "nbs"
 WINGS = ("recipes", "store", "corpus", "curriculum", "training", "evaluation", "release", "session", "cli")
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py" and p.name != "_modidx.py")
 NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-PHASE_NOTEBOOKS = [p for p in NOTEBOOKS if p.parent == NBS / "phases"]
+PHASE_NOTEBOOKS = [p for p in NOTEBOOKS if p.parent in (NBS / "phases", NBS / "reports")]
 RECIPE_FILES = sorted(RECIPES.glob("*.yaml"))
 HOME = re.compile(r"(?<![\w.])/(?:home|Users)/\w|(?<![\w.])/root/|\b[A-Za-z]:\\+Users\\+")
 
@@ -80,7 +80,7 @@ def test_no_two_notebooks_export_the_same_module():
 
 
 def test_every_library_notebook_exports_one_module():
-    library = [p for p in NOTEBOOKS if p.parent.name not in ("phases", "explore")]
+    library = [p for p in NOTEBOOKS if p.parent.name not in ("phases", "reports", "explore")]
     assert {name_of(p): sorted(exports(p)) for p in library if len(exports(p)) != 1} == {}
 
 

@@ -15,7 +15,7 @@ from elson_nb.corpus.buckets import INDEX_SCHEMA, build_buckets, load_index
 from elson_nb.corpus.records import read_jsonl
 from elson_nb.corpus.taxonomy import high_risk_domains, load_taxonomy
 from elson_nb.curriculum.plan import ShortfallError, apportion, domain_cap, plan_phase
-from elson_nb.curriculum.sampling import SampleError, choose, hold_out, sample_phases, write_samples
+from elson_nb.curriculum.sampling import SampleError, choose, hold_out, rest_of, sample_phases, write_samples
 from elson_nb.recipes import PHASES, TIERS, CurriculumConfig, PhaseConfig, load_recipe
 
 HIGH_RISK = frozenset(high_risk_domains())
@@ -26,7 +26,7 @@ MANIFEST_KEYS = ["id", "position", "phase", "domain", "tier", "source", "tokens"
 
 def make_index(stock: dict[tuple[str, str], int]) -> pl.DataFrame:
     "An index with so many rows of each domain and tier; lengths of 10 to 99 tokens."
-    same = {"source": "a.json", "offset": 0, "domain_because": "", "tier_because": ""}
+    same = {"source": "a.json", "offset": 0, "parent": "", "domain_because": "", "tier_because": ""}
     rows = [
         {
             "id": f"{domain}-{tier}-{n}",
@@ -208,7 +208,7 @@ def test_a_cell_never_gives_more_than_a_fifth_to_the_held_out_set(stock, count, 
 def test_no_phase_trains_on_the_held_out_set(stock, count, target, seed):
     index = make_index(stock)
     held = hold_out(index, count, seed)
-    rest = index.join(held, on="id", how="anti")
+    rest = rest_of(index, held)
     assert rest.height == index.height - held.height
     phases = three_phases(PhaseConfig("even", dict.fromkeys(TIERS, 0.25), 1.0))
     samples = sample_phases(rest, phases, "all", CurriculumConfig(target + len(PHASES), seed=seed))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 import unicodedata
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elson_nb.corpus import records
-from elson_nb.corpus.readers import BadSource, Quarantined, Row, import_corpus, quarantine_path, read_source
+from elson_nb.corpus import readers, records
+from elson_nb.corpus.consolidation import import_corpus, quarantine_path
+from elson_nb.corpus.readers import BadSource, Quarantined, Row, read_source
 from elson_nb.corpus.records import (
     FIELDS,
     BadRecord,
@@ -511,3 +513,13 @@ def test_write_is_all_or_nothing(tmp_path, monkeypatch):
         file.write("new")
     assert synced == ["old"], "flushed to the disk before the name changes"
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_records_of_ours_are_read_the_same_by_the_short_way(tmp_path, monkeypatch):
+    rng, words = random.Random(1), ["", "a b", "  x ", "5", "é", "hard", "Expert", "spicy", "\u0000"]
+    metas = [{}, {"a": 1}, {"source_id": 5, "b": 2}, {"meta": {}}, {"difficulty_given": "z"}]
+    rows = [{field: rng.choice(words) for field in FIELDS} | {"meta": rng.choice(metas)} for _ in range(2000)]
+    put(tmp_path / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    short = [str(item) for item in read_source(tmp_path / "rows.jsonl")]
+    monkeypatch.setattr(readers, "_is_plain", lambda row: False)
+    assert [str(item) for item in read_source(tmp_path / "rows.jsonl")] == short

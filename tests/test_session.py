@@ -24,7 +24,7 @@ from elson_nb.store import file_sha256
 from elson_nb.training.base import fetch_base, load_tokenizer
 from elson_nb.training.phase import ADAPTER_FILES
 
-ELSON = [sys.executable, "-c", "from elson_nb.cli import main; main()"]
+ELSON = [sys.executable, "-c", "from elson_nb.cli.main import main; main()"]
 
 
 def elson(*words: object, timeout: float = 300) -> subprocess.CompletedProcess:

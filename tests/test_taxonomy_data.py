@@ -1,4 +1,5 @@
 "The taxonomy file holds the domains that the specification names, each fit for the classifier to use."
+
 import re
 from collections import Counter
 from pathlib import Path
@@ -6,10 +7,22 @@ from pathlib import Path
 import pytest
 import yaml
 
-TAXONOMY = Path(__file__).parents[1]/"elson_nb"/"taxonomy.yaml"
+TAXONOMY = Path(__file__).parents[1] / "elson_nb" / "taxonomy.yaml"
 HIGH_RISK = {"compliance", "securities_regulation", "derivatives", "estate_planning"}
-PARENTS = {"planning", "tax", "insurance", "accounting", "investment", "markets", "regulation", "banking",
-           "corporate_finance", "technology", "tools", "general"}
+PARENTS = {
+    "planning",
+    "tax",
+    "insurance",
+    "accounting",
+    "investment",
+    "markets",
+    "regulation",
+    "banking",
+    "corporate_finance",
+    "technology",
+    "tools",
+    "general",
+}
 REQUIRED = """
 accounting insurance life_insurance health_insurance disability_insurance long_term_care_insurance
 property_insurance auto_insurance liability_insurance commercial_insurance reinsurance annuities

@@ -6,7 +6,7 @@
 __all__ = ['INDEX_SCHEMA', 'BucketError', 'estimate_tokens', 'read_sources', 'place', 'bucket_path', 'write_buckets',
            'build_buckets', 'load_index', 'bucket_line', 'read_records', 'stock_table']
 
-# %% ../../nbs/1_corpus/03_buckets.ipynb #b52331e6
+# %% ../../nbs/1_corpus/03_buckets.ipynb #c8451ca6
 import json
 import shutil
 import tempfile
@@ -20,7 +20,7 @@ from .records import TIERS, write_jsonl
 from .taxonomy import assign_domain, assign_tier
 from ..store import write_json
 
-# %% ../../nbs/1_corpus/03_buckets.ipynb #b24e0ca3
+# %% ../../nbs/1_corpus/03_buckets.ipynb #f6fbd33e
 INDEX_SCHEMA = {
     "id": pl.String,
     "domain": pl.String,
@@ -29,6 +29,7 @@ INDEX_SCHEMA = {
     "source": pl.String,
     "n_tokens": pl.Int64,
     "offset": pl.Int64,
+    "parent": pl.String,
     "domain_because": pl.String,
     "tier_because": pl.String,
 }
@@ -42,7 +43,7 @@ def estimate_tokens(record: dict) -> int:
     "Tokens by the rule of thumb of four bytes each; good enough to plan without a tokenizer at hand."
     return sum(len(record[k].encode()) for k in ("instruction", "input", "output")) // 4 + 12
 
-# %% ../../nbs/1_corpus/03_buckets.ipynb #c0ef1ead
+# %% ../../nbs/1_corpus/03_buckets.ipynb #2ba122b9
 def read_sources(
     sources: Iterable[Path], progress: Callable[[int], None] | None = None
 ) -> tuple[list[dict], list[dict]]:
@@ -71,7 +72,7 @@ def read_sources(
                 places[item.record["id"]] = f"{source}:{item.line}"
     return list(records.values()), aside
 
-# %% ../../nbs/1_corpus/03_buckets.ipynb #f928234f
+# %% ../../nbs/1_corpus/03_buckets.ipynb #3e126ded
 def place(record: dict, count_tokens: Callable[[dict], int]) -> dict:
     "Index row of a record, its offset still to come."
     domain, tier = assign_domain(record), assign_tier(record)
@@ -83,11 +84,12 @@ def place(record: dict, count_tokens: Callable[[dict], int]) -> dict:
         "source": record["source"],
         "n_tokens": count_tokens(record),
         "offset": 0,
+        "parent": str(record["meta"].get("parent", "")),  # of an augmented record
         "domain_because": ", ".join(domain.because),
         "tier_because": ", ".join(tier.because),
     }
 
-# %% ../../nbs/1_corpus/03_buckets.ipynb #f430178d
+# %% ../../nbs/1_corpus/03_buckets.ipynb #646f0ed1
 def bucket_path(folder: Path, domain: str, tier: str) -> Path:
     return Path(folder) / "domain_buckets" / domain / f"{tier}.jsonl"
 
@@ -115,7 +117,7 @@ def write_buckets(records: list[dict], folder: Path, count_tokens: Callable[[dic
         path.write_bytes(b"".join(lines))
     return pl.DataFrame([row for row, _ in placed], schema=INDEX_SCHEMA)
 
-# %% ../../nbs/1_corpus/03_buckets.ipynb #4ba4e183
+# %% ../../nbs/1_corpus/03_buckets.ipynb #e14527e8
 def build_buckets(
     sources: Iterable[Path],  # files or folders in any format the readers take
     out: Path,  # folder to write; older buckets in it are replaced
@@ -148,7 +150,7 @@ def build_buckets(
     write_json(out / "buckets.json", summary)
     return summary
 
-# %% ../../nbs/1_corpus/03_buckets.ipynb #b015305c
+# %% ../../nbs/1_corpus/03_buckets.ipynb #e4a4dd44
 def load_index(folder: Path) -> pl.DataFrame:
     "Index of a bucket folder. Raises `BucketError` when there is none, or when it lists no record."
     folder = Path(folder)
@@ -167,7 +169,7 @@ def load_index(folder: Path) -> pl.DataFrame:
         raise BucketError(f"{path} lists no records; build the buckets from a corpus that has some")
     return index
 
-# %% ../../nbs/1_corpus/03_buckets.ipynb #f2d2e7bc
+# %% ../../nbs/1_corpus/03_buckets.ipynb #10c54694
 def bucket_line(path: Path, offset: int, line: bytes) -> dict:
     "One line of a bucket file; a damaged one is a `BucketError`."
     try:
@@ -194,7 +196,7 @@ def read_records(folder: Path, rows: pl.DataFrame) -> list[dict]:
                     )
     return [found[i] for i in rows["id"]]
 
-# %% ../../nbs/1_corpus/03_buckets.ipynb #87973b63
+# %% ../../nbs/1_corpus/03_buckets.ipynb #683e99bd
 def stock_table(index: pl.DataFrame) -> pl.DataFrame:
     "Records per domain (rows) and tier (columns), largest domain first."
     table = index.pivot(on="tier", index="domain", values="id", aggregate_function="len").fill_null(0)

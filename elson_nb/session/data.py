@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['corpus_of', 'prepare_data', 'phase_entry', 'forecast', 'phase_records', 'held_out_records']
 
-# %% ../../nbs/6_session/01_data.ipynb #33f4b248
+# %% ../../nbs/6_session/01_data.ipynb #686c9dc4
 import shutil
 from pathlib import Path
 
@@ -14,24 +14,24 @@ import polars as pl
 from ..corpus.buckets import build_buckets, load_index, read_records
 from ..corpus.records import read_jsonl, write_jsonl
 from ..corpus.synthesis import write_corpus
-from ..curriculum.sampling import hold_out, sample_phases, write_samples
+from ..curriculum.sampling import hold_out, rest_of, sample_phases, write_samples
 from ..recipes import PHASES, Recipe
 from .ledger import Ledger, SessionError
 from ..store import write_json
 from ..training.base import fetch_base, load_tokenizer
 from ..training.batches import count_tokens
 
-# %% ../../nbs/6_session/01_data.ipynb #98163339
+# %% ../../nbs/6_session/01_data.ipynb #d74b8716
 def corpus_of(ledger: Ledger) -> list[Path]:
     "Source files of a run: the ones it was given, or a generated corpus written into the run."
     if ledger.data["corpus"]:
         return [Path(p) for p in ledger.data["corpus"]]
     folder, config = ledger.folder / "data" / "corpus", ledger.recipe.curriculum
     ledger.show_progress("0", message=f"writing a corpus of about {41000 * config.corpus_scale:,.0f} records")
-    write_corpus(folder, seed=config.seed, scale=config.corpus_scale)
+    write_corpus(folder, seed=config.seed, scale=config.corpus_scale, domains=config.corpus_domains)
     return [folder]
 
-# %% ../../nbs/6_session/01_data.ipynb #8d43d245
+# %% ../../nbs/6_session/01_data.ipynb #bacc2b3e
 def prepare_data(ledger: Ledger) -> dict:
     "Run step 0 and write `0_metrics.json`. Raises the errors of readers, buckets and sampler as they are."
     recipe, data = ledger.recipe, ledger.folder / "data"
@@ -51,7 +51,7 @@ def prepare_data(ledger: Ledger) -> dict:
     usable = index.filter(pl.col("n_tokens") <= recipe.training.max_length)
     held = hold_out(usable, recipe.curriculum.held_out_records, recipe.curriculum.seed)
     write_jsonl(data / "held_out.jsonl", read_records(data, held))
-    rest = index.join(held, on="id", how="anti")
+    rest = rest_of(index, held)
     samples = sample_phases(rest, recipe.phases, "all", recipe.curriculum, recipe.training.max_length)
     shutil.rmtree(ledger.folder / "curriculum_runs", ignore_errors=True)
     written = write_samples(samples, data, ledger.folder)
@@ -66,7 +66,7 @@ def prepare_data(ledger: Ledger) -> dict:
     write_json(ledger.folder / "0_metrics.json", metrics)
     return metrics
 
-# %% ../../nbs/6_session/01_data.ipynb #6ec9de7e
+# %% ../../nbs/6_session/01_data.ipynb #daba77d3
 def phase_entry(folder: Path, plan, info: dict) -> dict:
     "What `0_metrics.json` keeps of a phase's sample; paths relative to the run."
     return {
@@ -82,7 +82,7 @@ def phase_entry(folder: Path, plan, info: dict) -> dict:
         "notes": info["notes"],
     }
 
-# %% ../../nbs/6_session/01_data.ipynb #4161d375
+# %% ../../nbs/6_session/01_data.ipynb #01cff771
 def forecast(recipe: Recipe, phases: dict[str, dict]) -> dict[str, dict]:
     "Optimiser steps, minutes and dollars of each phase, at the throughput the recipe assumes."
     t = recipe.training
@@ -97,7 +97,7 @@ def forecast(recipe: Recipe, phases: dict[str, dict]) -> dict[str, dict]:
         }
     return rows
 
-# %% ../../nbs/6_session/01_data.ipynb #168132be
+# %% ../../nbs/6_session/01_data.ipynb #51a9c68c
 def phase_records(ledger: Ledger, phase: str) -> tuple[list[dict], list[dict]]:
     "Records and manifest rows of a phase, in training order. Raises `SessionError` when they do not agree."
     entry = ledger.metrics("0")["phases"][phase]

@@ -6,7 +6,7 @@
 __all__ = ['Finding', 'check_code', 'check_buckets', 'check_sampler', 'check_gpu', 'check_disk', 'check_memory', 'locate',
            'check_base', 'check_quantisation', 'check_cloud', 'run_doctor', 'dry_run']
 
-# %% ../../nbs/6_session/09_doctor.ipynb #9bd63210
+# %% ../../nbs/6_session/09_doctor.ipynb #b2b0b765
 import importlib.util
 import os
 import shutil
@@ -21,7 +21,7 @@ from ..corpus.buckets import BucketError, build_buckets, estimate_tokens, load_i
 from ..corpus.records import TIERS
 from ..corpus.synthesis import write_corpus
 from ..curriculum.plan import plan_phase
-from ..curriculum.sampling import hold_out, sample_phases
+from ..curriculum.sampling import hold_out, rest_of, sample_phases
 from ..recipes import PHASES, Recipe, reference_phases
 from .data import forecast
 from .ledger import git_commit
@@ -29,7 +29,7 @@ from ..store import StoreError
 from ..training.base import load_tokenizer, locate_base
 from ..training.batches import count_tokens
 
-# %% ../../nbs/6_session/09_doctor.ipynb #3c2edcb6
+# %% ../../nbs/6_session/09_doctor.ipynb #f1a3246b
 @dataclass(frozen=True)
 class Finding:
     "One line of the checklist. `mend` is empty when all is well."
@@ -53,7 +53,7 @@ def check_code() -> Finding:
         "git pull" if missing else "",
     )
 
-# %% ../../nbs/6_session/09_doctor.ipynb #e9f023ac
+# %% ../../nbs/6_session/09_doctor.ipynb #5f2a7e43
 def check_buckets(recipe: Recipe, folder: Path | None) -> Finding:
     "Buckets for a release candidate: at least 80 domains and files; other recipes make their own."
     if folder is None and not recipe.evaluation.release_targets:
@@ -85,7 +85,7 @@ def check_sampler() -> Finding:
         "" if set(totals.values()) == {90} else "run the tests: make test",
     )
 
-# %% ../../nbs/6_session/09_doctor.ipynb #91f5ef06
+# %% ../../nbs/6_session/09_doctor.ipynb #49e91b5b
 def check_gpu(recipe: Recipe) -> Finding:
     "The GPU, and its memory against what the recipe needs, GB."
     if not recipe.budget.needs_gpu:
@@ -117,7 +117,7 @@ def check_disk(recipe: Recipe, folder: Path) -> Finding:
         "" if free >= needed else "free some space, or set ELSON_CACHE to a larger disk",
     )
 
-# %% ../../nbs/6_session/09_doctor.ipynb #7ef2bbb8
+# %% ../../nbs/6_session/09_doctor.ipynb #0a2f770a
 def check_memory(recipe: Recipe) -> Finding:
     "Memory of the machine against the expected peak, or the weights where a GPU holds the rest."
     needed = recipe.model.size_gb * 1.2 if recipe.budget.needs_gpu else recipe.budget.memory_gb
@@ -136,7 +136,7 @@ def locate(recipe: Recipe) -> Path | None:
     except StoreError:
         return None
 
-# %% ../../nbs/6_session/09_doctor.ipynb #53ebc18e
+# %% ../../nbs/6_session/09_doctor.ipynb #a557a039
 def check_base(recipe: Recipe) -> Finding:
     "The base model: here, or fetched on first use, or missing."
     model = recipe.model
@@ -166,7 +166,7 @@ def check_quantisation(recipe: Recipe) -> Finding:
         "" if there or not needed else "pip install 'elson_nb[quant]'",
     )
 
-# %% ../../nbs/6_session/09_doctor.ipynb #7150b0f6
+# %% ../../nbs/6_session/09_doctor.ipynb #dce10874
 def check_cloud(recipe: Recipe) -> Finding:
     "Credentials and project where the recipe runs on a rented machine or keeps artifacts in a bucket."
     if not recipe.budget.needs_gpu and not str(recipe.store.url or "").startswith("gs://"):
@@ -197,7 +197,7 @@ def run_doctor(recipe: Recipe, buckets: Path | None = None, folder: Path = Path(
         check_cloud(recipe),
     ]
 
-# %% ../../nbs/6_session/09_doctor.ipynb #6723d096
+# %% ../../nbs/6_session/09_doctor.ipynb #b8bfd04c
 def dry_run(recipe: Recipe, corpus: list[Path]) -> dict:
     "Records, tokens, steps, minutes and dollars of each phase. Trains nothing, keeps nothing."
     base = locate(recipe)
@@ -208,8 +208,9 @@ def dry_run(recipe: Recipe, corpus: list[Path]) -> dict:
     with tempfile.TemporaryDirectory() as work:
         sources = list(corpus)
         if not sources:
+            config = recipe.curriculum
             write_corpus(
-                Path(work) / "corpus", seed=recipe.curriculum.seed, scale=recipe.curriculum.corpus_scale
+                Path(work) / "corpus", config.seed, config.corpus_scale, domains=config.corpus_domains
             )
             sources = [Path(work) / "corpus"]
         summary = build_buckets(sources, Path(work) / "buckets", count)
@@ -217,7 +218,7 @@ def dry_run(recipe: Recipe, corpus: list[Path]) -> dict:
     usable = index.filter(pl.col("n_tokens") <= recipe.training.max_length)
     held = hold_out(usable, recipe.curriculum.held_out_records, recipe.curriculum.seed)
     samples = sample_phases(
-        index.join(held, on="id", how="anti"),
+        rest_of(index, held),
         recipe.phases,
         "all",
         recipe.curriculum,

@@ -6,7 +6,7 @@
 __all__ = ['out', 'err', 'BAD_INPUT', 'FAILURES', 'fail', 'plain_errors', 'emit', 'grid', 'counting', 'print_dry_run',
            'ProgressLine', 'sigterm_as_interrupt']
 
-# %% ../../nbs/6_session/10_terminal.ipynb #2c2b045e
+# %% ../../nbs/6_session/10_terminal.ipynb #696db57f
 import contextlib
 import json
 import os
@@ -22,11 +22,11 @@ from rich.table import Table
 from ..recipes import RecipeError
 from .ledger import STEPS
 
-# %% ../../nbs/6_session/10_terminal.ipynb #22ceed87
+# %% ../../nbs/6_session/10_terminal.ipynb #74538274
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
-# %% ../../nbs/6_session/10_terminal.ipynb #84fec0bd
+# %% ../../nbs/6_session/10_terminal.ipynb #294619ef
 BAD_INPUT = (RecipeError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 FAILURES = ("SessionError", "StoreError", "ReleaseError", "TrainingError", "BenchmarkError")
 
@@ -58,7 +58,7 @@ def plain_errors() -> Iterator[None]:
             raise fail(str(error), 1) from None
         raise
 
-# %% ../../nbs/6_session/10_terminal.ipynb #826c34bb
+# %% ../../nbs/6_session/10_terminal.ipynb #3731d61e
 def emit(value: dict | list, text: Callable[[], None], as_json: bool) -> None:
     "Print for a script or for a person."
     if as_json:
@@ -84,17 +84,24 @@ def grid(rows: list[dict], columns: dict[str, str]) -> Table:
         )
     return made
 
-# %% ../../nbs/6_session/10_terminal.ipynb #01c636e0
+# %% ../../nbs/6_session/10_terminal.ipynb #94538857
 @contextlib.contextmanager
-def counting(label: str, quiet: bool) -> Iterator[Callable[[int], None]]:
-    "A live count of rows on a terminal."
+def counting(label: str, quiet: bool) -> Iterator[Callable[..., None]]:
+    "A live count of rows on a terminal; with the rows expected as second argument also the time left."
     if quiet or not sys.stderr.isatty():
-        yield lambda n: None
+        yield lambda n, expected=0: None
         return
+    begun = time.monotonic()
     with err.status(label) as status:
-        yield lambda n: status.update(f"{label}: {n:,} rows")
 
-# %% ../../nbs/6_session/10_terminal.ipynb #bb6adc10
+        def update(n: int, expected: int = 0) -> None:
+            left = (time.monotonic() - begun) / n * (expected - n) if n and expected > n else 0
+            of = f" of {expected:,}" if expected > n else ""
+            status.update(f"{label}: {n:,}{of} rows" + (f", {left:,.0f} s left" if left else ""))
+
+        yield update
+
+# %% ../../nbs/6_session/10_terminal.ipynb #a2cf9fd0
 def print_dry_run(plan: dict) -> None:
     "A dry run for a person."
     out.print(
@@ -145,7 +152,7 @@ def print_dry_run(plan: dict) -> None:
             markup=False,
         )
 
-# %% ../../nbs/6_session/10_terminal.ipynb #4d284c33
+# %% ../../nbs/6_session/10_terminal.ipynb #d485b22a
 class ProgressLine:
     "Shows where a run is: phase, step, loss, time left."
 
@@ -184,7 +191,7 @@ class ProgressLine:
             err.print(f"{time.strftime('%H:%M:%S')}  {text}", markup=False)
             self.said, self.at = text, time.time()
 
-# %% ../../nbs/6_session/10_terminal.ipynb #488ff4fc
+# %% ../../nbs/6_session/10_terminal.ipynb #814aa910
 def sigterm_as_interrupt() -> None:
     "A machine that is taken away sends SIGTERM: end as after Ctrl-C, so that the run can be resumed."
 
