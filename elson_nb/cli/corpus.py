@@ -27,7 +27,7 @@ Sources = Annotated[
     typer.Argument(help="Files or folders: JSON, JSONL, ChatML, ShareGPT, CSV, Parquet, datasets."),
 ]
 
-# %% ../../nbs/9_cli/00_corpus.ipynb #29b17355
+# %% ../../nbs/9_cli/00_corpus.ipynb #6f3713d2
 @corpus_app.command("build")
 def corpus_build(
     output: Annotated[Path, typer.Option("--out", help="Folder for the four files.")],
@@ -51,10 +51,14 @@ def corpus_build(
         described["all"] = describe([record for records in files.values() for record in records])
 
         def text() -> None:
+            short = {name: name.removesuffix("_training_data.json") for name in described}
+            says = {"instruction": "question, mean characters", "output": "answer, mean characters"}
             rows = [
-                {"file": name} | {k: round(v, 1) for k, v in row.items()} for name, row in described.items()
+                {"": says.get(key, key.replace("_", " "))}
+                | {short[name]: f"{row[key]:,.1f}".removesuffix(".0") for name, row in described.items()}
+                for key in described["all"]
             ]
-            out.print(grid(rows, {key: key.replace("_", " ") for key in rows[0]}))
+            out.print(grid(rows, {key: key for key in rows[0]}))
 
         emit(described, text, as_json)
 
@@ -151,7 +155,7 @@ def corpus_merge(
 
         emit({key: report[key] for key in ("sources", "total")}, text, as_json)
 
-# %% ../../nbs/9_cli/00_corpus.ipynb #5c4941bd
+# %% ../../nbs/9_cli/00_corpus.ipynb #a51bd807
 @corpus_app.command("audit")
 def corpus_audit(
     sources: Sources,
@@ -173,25 +177,24 @@ def corpus_audit(
 
         def text() -> None:
             out.print(grid(result["checks"], {key: key for key in ("check", "verdict", "says")}))
-            rows = [{"file": name, **row} for name, row in (result["files"]).items()]
-            for row in rows:
-                row["near duplicates"] = f"{row['near_duplicate_share']:.1%}"
-                row |= {
-                    "no record": row["schema"],
-                    "too long": row["length"],
-                    "skeletons": row["distinct_skeletons"],
-                }
-            columns = (
-                "file",
-                "read",
-                "kept",
-                "no record",
-                "duplicates",
-                "too long",
-                "skeletons",
-                "near duplicates",
+            columns = {"file": "file", "read": "read", "kept": "kept", "schema": "no record"}
+            columns |= {
+                "duplicates": "copies",
+                "length": "too long",
+                "distinct_skeletons": "skeletons",
+                "near": "near",
+            }
+            rows = [
+                {"file": Path(name).stem.removesuffix("_training_data"), **row}
+                | {"near": f"{row['near_duplicate_share']:.1%}"}
+                for name, row in result["files"].items()
+            ]
+            out.print(
+                grid(
+                    [{head: row[key] for key, head in columns.items()} for row in rows],
+                    {head: head for head in columns.values()},
+                )
             )
-            out.print(grid(rows, {key: key for key in columns}))
 
         emit({key: result[key] for key in ("checks", "total", "files")}, text, as_json)
         if report:
