@@ -50,9 +50,7 @@ def measured(what: str, path: Path) -> dict:
         result = {"kept": found["total"]["kept"], "skeletons": found["skeletons"]["distinct"]}
     seconds, size = time.perf_counter() - begun, path.stat().st_size / 1e6
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    peak = (
-        int(status["VmHWM"].split()[0]) / 1000
-    )  # `ru_maxrss` would start with the parent's
+    peak = int(status["VmHWM"].split()[0]) / 1000  # `ru_maxrss` would start with the parent's
     return {"seconds": seconds, "mb_per_s": size / seconds, "peak_mb": peak, "file_mb": size, **result}
 
 

@@ -5,6 +5,7 @@
 Every time is the median of several runs in one process; `x parse` is its ratio to parsing the same files
 with `json`. The figures also go to benchmarks/results/plan_and_sample.json.
 """
+
 import json
 import statistics
 import tempfile

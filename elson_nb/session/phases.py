@@ -246,10 +246,7 @@ def phase_checks(step: PhaseStep) -> list[dict]:
     ]
     change, applies = step.change(), step.recipe.evaluation.release_targets
     return [
-        *(
-            {"check": n, "verdict": PASS if ok else FAIL, "measured": m, "stops": True}
-            for n, ok, m in must
-        ),
+        *({"check": n, "verdict": PASS if ok else FAIL, "measured": m, "stops": True} for n, ok, m in must),
         {"check": "held-out loss fell", "verdict": verdict_falls(change), "measured": str(change)},
         band_row("loss at the start", totals["loss_first_quarter"], LOSS_BANDS[step.phase][0], applies),
         band_row("loss at the end", totals["loss_last_quarter"], LOSS_BANDS[step.phase][1], applies),

@@ -86,8 +86,8 @@ def index_page(ledger: Ledger) -> str:
     rows, done = step_rows(ledger), [p for p in PHASES if ledger.step(p)["status"] == "done"]
     verdict = rows[-1]["verdict"]
     links = "".join(
-        f'<tr><td>{step_link(ledger, r["step"])}</td><td>{badge(r["verdict"])}</td>'
-        f'<td>{html.escape(r["status"])}'
+        f"<tr><td>{step_link(ledger, r['step'])}</td><td>{badge(r['verdict'])}</td>"
+        f"<td>{html.escape(r['status'])}"
         f'</td><td style="text-align:right">{r["minutes"]:.1f}</td><td>{html.escape(r["error"])}</td></tr>'
         for r in rows
     )

@@ -31,7 +31,7 @@ def badge(verdict: str) -> str:
     "A verdict as a coloured label."
     return (
         f'<span style="background:{BADGES.get(verdict, "#57606a")};color:#fff;border-radius:4px;'
-        'padding:1px 8px;'
+        "padding:1px 8px;"
         f'font-weight:600;white-space:nowrap">{html.escape(verdict)}</span>'
     )
 
@@ -66,7 +66,7 @@ def table(rows: Iterable[dict], columns: dict[str, str] | None = None) -> HTML:
     )
     return HTML(
         '<table class="tex2jax_ignore mathjax_ignore">'
-        f'<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     )
 
 
@@ -74,7 +74,7 @@ def text_block(text: str, colour: str = "inherit") -> str:
     "Corpus text as a block of its own, wrapped, never interpreted."
     return (
         f'<pre class="tex2jax_ignore mathjax_ignore" style="white-space:pre-wrap;'
-        f'word-break:normal;overflow-wrap:anywhere;margin:2px 0;color:{colour};'
+        f"word-break:normal;overflow-wrap:anywhere;margin:2px 0;color:{colour};"
         f'font-size:12px">{html.escape(text)}</pre>'
     )
 
