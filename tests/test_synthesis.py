@@ -288,3 +288,25 @@ def test_numbers_in_answers_come_back_from_an_independent_formula(records):
         balance = record["meta"]["parameters"]["balance"]
         divisor, amount = re.search(r"/ ([\d.]+) = \$([\d,.]+),", record["output"]).groups()
         assert float(amount.replace(",", "")) == pytest.approx(balance / float(divisor), abs=0.006)
+
+
+def test_what_a_person_adds_to_a_file_shows_in_the_corpus(tmp_path):
+    folder = tmp_path / "knowledge"
+    shutil.copytree(KNOWLEDGE, folder)
+    data = yaml.safe_load((folder / "gift_tax.yaml").read_text(encoding="utf-8"))
+    told = dict.fromkeys(("definition", "rule", "why", "mistake", "example", "exception", "advice"), "")
+    card = {"term": "zebra clause", **{key: f"The zebra clause has a {key}." for key in told}, "related": []}
+    family = {
+        "name": "zebra_count",
+        "tier": "easy",
+        "parameters": {"n": {"low": 1, "high": 900, "step": 1, "unit": "zebras"}},
+        "compute": {"legs": "n * 4"},
+        "phrasings": ["How many legs have {n} zebras?"],
+        "answer": "{n} x 4 = {legs}.",
+    }
+    data["cards"].append(card), data["families"].append(family)
+    (folder / "gift_tax.yaml").write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    files, _ = build_files(scale=1.0, knowledge=folder, domains=["gift_tax"])
+    records = [record for file in files.values() for record in file]
+    kinds = Counter(r["meta"]["family"].split("/")[1] for r in records if "zebra" in r["instruction"])
+    assert kinds["card"] >= 6 and kinds["zebra_count"] >= 3
