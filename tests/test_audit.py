@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
 
+from elson_nb.cli.corpus import corpus_app
 from elson_nb.corpus.audit import Limits, audit
 from elson_nb.corpus.consolidation import import_corpus, merge, quarantine_path
 from elson_nb.corpus.records import json_line, make_record, read_jsonl, write_jsonl
@@ -237,3 +239,34 @@ def test_the_report_of_a_hostile_corpus_shows_text_and_no_markup(tmp_path):
     ]
     assert sum("&lt;script&gt;" in text for text in shown) >= 3
     assert not any("<script" in text or "<img src=x" in text for text in shown)
+
+
+def elson(*words: object) -> Result:
+    return CliRunner().invoke(corpus_app, [str(word) for word in words])
+
+
+def test_exit_codes_of_the_command(records, tmp_path):
+    write_jsonl(tmp_path / "twice.jsonl", records[:30] + records[:5])
+    loose = elson("audit", tmp_path / "twice.jsonl", "--out", tmp_path / "audit", "--no-report", "--json")
+    assert loose.exit_code == 0 and json.loads(loose.stdout)["total"]["duplicates"] == 5
+    strict = elson("audit", tmp_path / "twice.jsonl", "--out", tmp_path / "audit", "--no-report", "--strict")
+    assert strict.exit_code == 1 and "exact duplicates" in strict.stderr
+    missing = elson("audit", tmp_path / "none.jsonl", "--out", tmp_path / "audit", "--no-report")
+    assert missing.exit_code == 2 and "none.jsonl" in missing.stderr
+
+
+def test_merging_by_the_command_twice_gives_the_same_bytes(records, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", (record | {"source": "a"} for record in records[:40]))
+    write_jsonl(tmp_path / "b.jsonl", (record | {"source": "b"} for record in records[30:60]))
+    first = elson(
+        "merge", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--out", tmp_path / "one.jsonl", "--json"
+    )
+    assert first.exit_code == 0
+    assert json.loads(first.stdout)["total"] == {"read": 70, "kept": 60, "dropped": 10, "quarantined": 0}
+    again = elson("merge", tmp_path / "one.jsonl", tmp_path / "a.jsonl", "--out", tmp_path / "two.jsonl")
+    assert again.exit_code == 0
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
+    report = json.loads((tmp_path / "one.merge_report.json").read_text())
+    assert {row["source"] for row in report["dropped"]} == {"b"} and len(report["dropped"]) == 10
+    shared = [r for r in read_jsonl(tmp_path / "one.jsonl") if r["meta"].get("also_in") == ["b"]]
+    assert len(shared) == 10 and all(r["source"] == "a" for r in shared)
