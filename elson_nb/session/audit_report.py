@@ -102,7 +102,7 @@ def record_page(
         blocks.append(f"<p><b>{html.escape(head)}</b></p>{asked}{given}{text_block(record['output'])}")
     return HTML("".join(blocks))
 
-# %% ../../nbs/6_session/11_audit_report.ipynb #36926d92
+# %% ../../nbs/6_session/11_audit_report.ipynb #2324141d
 REPORTS = (Path(__file__).parents[2] if "__file__" in globals() else Path("../..")) / "nbs" / "reports"
 
 
@@ -111,7 +111,7 @@ def execute_report(
 ) -> Path:  # the executed notebook
     "Run the report notebook on an audit; papermill's error is raised as it is."
     source, target = REPORTS / "corpus_audit.ipynb", Path(out) / "corpus_audit.ipynb"
-    parameters = {"audit_dir": str(Path(out).resolve())}
+    parameters = {"audit_dir": str(out)}
     check_parameters(source, parameters)
     with environment(kernel_environment(1, Path(out) / "kernel.log")), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # papermill's own, about parameters it has just written
