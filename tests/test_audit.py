@@ -17,6 +17,7 @@ from elson_nb.corpus.consolidation import import_corpus, merge, quarantine_path
 from elson_nb.corpus.records import json_line, make_record, read_jsonl, write_jsonl
 from elson_nb.corpus.skeletons import MASK, SIMILAR, Signatures, grams, mask
 from elson_nb.corpus.synthesis import build_records
+from elson_nb.corpus.tally import LABELS, OTHERS
 
 fast = settings(derandomize=True, max_examples=40, deadline=None)
 DEEP = 100_000  # brackets; deeper than any parser's stack
@@ -207,6 +208,17 @@ def test_merging_is_idempotent_and_loses_no_pair(one, other):
             if (record["instruction"], record["output"]) in rows
         }
         assert {record["source"], *record["meta"].get("also_in", [])} == held
+
+
+def test_too_many_labels_are_counted_together_and_blamed_for_nothing(tmp_path):
+    rows = [
+        make_record(f"What is {n}?", f"It is {n}.", category=f"kind {n}", source="s") for n in range(3000)
+    ]
+    write_jsonl(tmp_path / "corpus.jsonl", rows)
+    result = audit([tmp_path / "corpus.jsonl"], tmp_path / "audit")
+    assert len(result["categories"]) == LABELS and sum(result["categories"].values()) == 3000
+    assert result["categories"][OTHERS] == 3000 - (LABELS - 1)
+    assert result["checks"][4]["verdict"] == "PASS" and result["checks"][4]["number"] < 0.001
 
 
 def test_a_strict_limit_fails_and_a_wide_one_passes(records, tmp_path):

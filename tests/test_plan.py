@@ -215,6 +215,21 @@ def test_no_phase_trains_on_the_held_out_set(stock, count, target, seed):
     assert not set(held["id"]) & {i for sample in samples.values() for i in sample.rows["id"]}
 
 
+@over(stocks(25), st.integers(1, 60), st.integers(0, 99), st.randoms(use_true_random=False))
+def test_augmented_records_stay_on_the_side_of_their_parents(stock, count, seed, rng):
+    index = make_index(stock)
+    ids = index["id"].to_list()
+    originals = set(ids[::2])
+    parents = ["" if i in originals else rng.choice(sorted(originals)) for i in ids]
+    index = index.with_columns(pl.Series("parent", parents, dtype=pl.String))
+    held = hold_out(index, count, seed)
+    rest = rest_of(index, held)
+    assert set(held["parent"]) <= {""} and set(held["id"]) <= originals
+    assert not set(rest["parent"]) & set(held["id"]) and not set(rest["id"]) & set(held["id"])
+    lost = index.filter(~pl.col("id").is_in([*rest["id"], *held["id"]]))
+    assert set(lost["parent"]) <= set(held["id"])  # nothing else is left out
+
+
 def three_phases(config: PhaseConfig) -> dict[str, PhaseConfig]:
     return {p: replace(config, share=s) for p, s in zip(PHASES, (0.25, 0.5, 0.25), strict=True)}
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PASS', 'FAIL', 'Limits', 'judge', 'expected_rows', 'audit', 'describe']
 
-# %% ../../nbs/1_corpus/11_audit.ipynb #c7f1b43a
+# %% ../../nbs/1_corpus/11_audit.ipynb #20f89d06
 import json
 import tempfile
 from collections import Counter
@@ -24,6 +24,7 @@ from elson_nb.corpus.tally import (
     BINS,
     LENGTHS,
     NOTHING,
+    OTHERS,
     PLACE,
     Kept,
     Pass,
@@ -46,7 +47,7 @@ class Limits:
     skeleton_records: int = 10  # so many of one skeleton are allowed in any file, however small
     category_share: float = 0.40  # share of the records in one category
 
-# %% ../../nbs/1_corpus/11_audit.ipynb #5669de77
+# %% ../../nbs/1_corpus/11_audit.ipynb #4c719298
 def judge(
     result: dict,  # counts of an audit: "total", "skeletons", "categories"
     limits: Limits,
@@ -55,7 +56,8 @@ def judge(
     total, kept = result["total"], result["total"]["kept"]
     top = max((row["records"] for row in result["skeletons"]["commonest"]), default=0)
     allowed = max(int(limits.skeleton_share * kept), limits.skeleton_records)
-    category, most = next(iter(result["categories"].items()), (NOTHING, 0))
+    named = ((name, n) for name, n in result["categories"].items() if name != OTHERS)
+    category, most = next(named, (NOTHING, 0))
     share = most / kept if kept else 0.0
     label = f"{category} has" if category != NOTHING else "there is no category on"
     near = result["skeletons"]["near_duplicate_share"]

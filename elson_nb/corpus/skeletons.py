@@ -76,7 +76,7 @@ def signature(
     sketch.update(grams(words))
     return np.array(sketch.digest(), dtype=np.uint32)
 
-# %% ../../nbs/1_corpus/09_skeletons.ipynb #104950dd
+# %% ../../nbs/1_corpus/09_skeletons.ipynb #cf7fbdea
 def _root(leader: np.ndarray, at: int) -> int:
     "The leader of a cluster; shortens the way for the next search."
     while leader[at] != at:
@@ -125,7 +125,7 @@ class Signatures:
             for first, end in zip(starts[:-1], starts[1:], strict=True):
                 if end - first > 1:
                     self._join(leader, order[first:end])
-        return np.array([_root(leader, at) for at in range(len(leader))], dtype=np.int64)
+        return np.fromiter((_root(leader, at) for at in range(len(leader))), np.int64, len(leader))
 
     def _join(self, leader: np.ndarray, group: np.ndarray) -> None:
         "Join the texts of a group that are similar to its first and not yet in its cluster."

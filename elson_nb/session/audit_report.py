@@ -5,25 +5,17 @@
 # %% auto #0
 __all__ = ['REPORTS', 'plot_lengths', 'plot_categories', 'plot_clusters', 'record_page', 'execute_report', 'load_audit']
 
-# %% ../../nbs/6_session/11_audit_report.ipynb #20f14b1e
+# %% ../../nbs/6_session/11_audit_report.ipynb #c7f85d59
 import html
 import json
-import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import papermill
 from IPython.display import HTML
 from matplotlib.figure import Figure
 
-from elson_nb.session.chain import (
-    PrivateKernelManager,
-    check_parameters,
-    environment,
-    kernel_environment,
-    strip_timing,
-)
+from .chain import check_parameters, execute
 from .reporting import text_block
 
 # %% ../../nbs/6_session/11_audit_report.ipynb #bb1b173a
@@ -102,7 +94,7 @@ def record_page(
         blocks.append(f"<p><b>{html.escape(head)}</b></p>{asked}{given}{text_block(record['output'])}")
     return HTML("".join(blocks))
 
-# %% ../../nbs/6_session/11_audit_report.ipynb #2324141d
+# %% ../../nbs/6_session/11_audit_report.ipynb #df12de53
 REPORTS = (Path(__file__).parents[2] if "__file__" in globals() else Path("../..")) / "nbs" / "reports"
 
 
@@ -113,17 +105,7 @@ def execute_report(
     source, target = REPORTS / "corpus_audit.ipynb", Path(out) / "corpus_audit.ipynb"
     parameters = {"audit_dir": str(out)}
     check_parameters(source, parameters)
-    with environment(kernel_environment(1, Path(out) / "kernel.log")), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # papermill's own, about parameters it has just written
-        papermill.execute_notebook(
-            str(source),
-            str(target),
-            parameters,
-            kernel_name="python3",
-            progress_bar=False,
-            kernel_manager_class=PrivateKernelManager,
-        )
-    strip_timing(target)
+    execute(source, target, parameters, threads=1, log=Path(out) / "kernel.log")
     (Path(out) / "kernel.log").unlink(missing_ok=True)
     return target
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PHASE_NOTEBOOKS', 'BAD_INPUT', 'StepFailed', 'corpus_hash', 'step_inputs', 'step_outputs', 'check_parameters',
            'kernel_environment', 'PrivateKernelManager', 'environment', 'stop_kernel', 'explain', 'keep_failed',
-           'strip_timing', 'run_step', 'wanted_steps', 'check_order', 'run_chain', 'watching', 'is_complete']
+           'strip_timing', 'execute', 'run_step', 'wanted_steps', 'check_order', 'run_chain', 'watching', 'is_complete']
 
-# %% ../../nbs/6_session/06_chain.ipynb #4a281904
+# %% ../../nbs/6_session/06_chain.ipynb #2b402e41
 import contextlib
 import errno
 import json
@@ -32,7 +32,7 @@ from ..recipes import PHASES
 from .ledger import STEPS, Ledger, SessionError, digest, locked
 from ..store import file_sha256
 
-# %% ../../nbs/6_session/06_chain.ipynb #9e36b42b
+# %% ../../nbs/6_session/06_chain.ipynb #5d2d7b5a
 PHASE_NOTEBOOKS = (Path(__file__).parents[2] if "__file__" in globals() else Path("../..")) / "nbs" / "phases"
 BAD_INPUT = (
     "RecipeError",
@@ -52,7 +52,7 @@ class StepFailed(SessionError):
         super().__init__(message)
         self.exit_code = exit_code
 
-# %% ../../nbs/6_session/06_chain.ipynb #197f7823
+# %% ../../nbs/6_session/06_chain.ipynb #c6853ab1
 def corpus_hash(sources: list[str]) -> str:
     "Hash over the content of all source files, names included. Raises `StepFailed` for a missing one."
     files = []
@@ -88,7 +88,7 @@ def step_outputs(folder: Path, step: str) -> list[Path]:
         ]
     return [folder / f"{step}_metrics.json", *sorted((folder / "adapters" / step).iterdir())]
 
-# %% ../../nbs/6_session/06_chain.ipynb #745ae536
+# %% ../../nbs/6_session/06_chain.ipynb #4b6de6c9
 def check_parameters(notebook: Path, parameters: dict) -> None:
     "Raises `StepFailed` for a parameter that the notebook's parameters cell does not define."
     known = papermill.inspect_notebook(str(notebook))
@@ -98,7 +98,7 @@ def check_parameters(notebook: Path, parameters: dict) -> None:
                 f"{notebook.name} has no parameter '{name}'; it has {', '.join(known)}", exit_code=2
             )
 
-# %% ../../nbs/6_session/06_chain.ipynb #7ffb5b43
+# %% ../../nbs/6_session/06_chain.ipynb #d2f79778
 def kernel_environment(threads: int, log: Path) -> dict[str, str]:
     "What a kernel of a step should find: no bars in the notebook, a fixed thread count, no telemetry."
     return {
@@ -139,7 +139,7 @@ def environment(values: dict[str, str]) -> Iterator[None]:
         for key, value in kept.items():
             os.environ.pop(key) if value is None else os.environ.update({key: value})
 
-# %% ../../nbs/6_session/06_chain.ipynb #98e7f8de
+# %% ../../nbs/6_session/06_chain.ipynb #be2b09f0
 def stop_kernel(folder: Path) -> None:
     "End the kernel that last reported progress, if it is still there."
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -168,7 +168,7 @@ def explain(error: BaseException, ledger: Ledger, step: str) -> StepFailed:
         return StepFailed(f"{name}: the disk is full; free some space near {ledger.folder}, {go_on}")
     return StepFailed(f"{name}: {type(error).__name__}: {error}; {go_on}")
 
-# %% ../../nbs/6_session/06_chain.ipynb #f218ec41
+# %% ../../nbs/6_session/06_chain.ipynb #b97cec8b
 def keep_failed(ledger: Ledger, step: str) -> None:
     "Keep the notebook of a failed attempt beside its rerun."
     notebook = ledger.folder / f"{STEPS[step]}.ipynb"
@@ -184,7 +184,29 @@ def strip_timing(notebook: Path) -> None:
     node.metadata.pop("papermill", None)
     nbformat.write(node, notebook)
 
-# %% ../../nbs/6_session/06_chain.ipynb #d97b968f
+# %% ../../nbs/6_session/06_chain.ipynb #5cd3c8fd
+def execute(
+    source: Path,  # a notebook with a parameters cell
+    target: Path,  # where it is kept, saved every ten seconds
+    parameters: dict,
+    threads: int,
+    log: Path,  # what the kernel says outside its cells
+) -> None:
+    "Run a notebook in a kernel behind private sockets. Raises papermill's errors as they are."
+    with environment(kernel_environment(threads, log)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # papermill's own, about parameters it has just written
+        papermill.execute_notebook(
+            str(source),
+            str(target),
+            parameters,
+            kernel_name="python3",
+            progress_bar=False,
+            autosave_cell_every=10,
+            kernel_manager_class=PrivateKernelManager,
+        )
+    strip_timing(target)
+
+# %% ../../nbs/6_session/06_chain.ipynb #911e0c19
 def run_step(ledger: Ledger, step: str, inputs: str) -> None:
     "Execute the notebook of a step. Raises `StepFailed`, or `KeyboardInterrupt` with the ledger saying so."
     source, target = PHASE_NOTEBOOKS / f"{STEPS[step]}.ipynb", ledger.folder / f"{STEPS[step]}.ipynb"
@@ -194,19 +216,8 @@ def run_step(ledger: Ledger, step: str, inputs: str) -> None:
     ledger.begin(step, inputs)
     ledger.show_progress(step, message="starting a kernel", pid=None)  # this process is no kernel
     try:
-        variables = kernel_environment(ledger.recipe.training.threads, ledger.folder / "kernel.log")
-        with environment(variables), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # papermill's own, about parameters it has just written
-            papermill.execute_notebook(
-                str(source),
-                str(target),
-                parameters,
-                kernel_name="python3",
-                progress_bar=False,
-                autosave_cell_every=10,
-                kernel_manager_class=PrivateKernelManager,
-            )
-        strip_timing(target)
+        threads, log = ledger.recipe.training.threads, ledger.folder / "kernel.log"
+        execute(source, target, parameters, threads, log)
         ledger.finish(step, step_outputs(ledger.folder, step))
     except KeyboardInterrupt:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # else it tells of the loop left behind
@@ -219,7 +230,7 @@ def run_step(ledger: Ledger, step: str, inputs: str) -> None:
             ledger.fail(step, "failed", str(failure))
         raise failure from error
 
-# %% ../../nbs/6_session/06_chain.ipynb #aabb2c82
+# %% ../../nbs/6_session/06_chain.ipynb #414f3cb8
 def wanted_steps(phase: str) -> list[str]:
     "Steps of `--phase`: all five, or the data step and one phase."
     return list(STEPS) if phase == "all" else ["0", phase]
@@ -235,7 +246,7 @@ def check_order(ledger: Ledger, phase: str) -> None:
             exit_code=2,
         )
 
-# %% ../../nbs/6_session/06_chain.ipynb #e6d56b25
+# %% ../../nbs/6_session/06_chain.ipynb #8e6ec051
 def run_chain(
     ledger: Ledger,
     phase: str = "all",  # all, A, B or C
@@ -255,7 +266,7 @@ def run_chain(
             run_step(ledger, step, inputs)
             say(step, "done")
 
-# %% ../../nbs/6_session/06_chain.ipynb #946e4ced
+# %% ../../nbs/6_session/06_chain.ipynb #2ee12924
 @contextlib.contextmanager
 def watching(folder: Path, on_progress: Callable[[dict], None] | None) -> Iterator[None]:
     "Read the run's progress file from outside the kernel while the block runs."
