@@ -207,7 +207,7 @@ def corpus_audit(
         if strict and failed:
             raise fail(f"checks failed: {', '.join(failed)}; see {output}/audit.json", 1)
 
-# %% ../../nbs/9_cli/00_corpus.ipynb #e9a30bfa
+# %% ../../nbs/9_cli/00_corpus.ipynb #c1f3529c
 @buckets_app.command("build")
 def buckets_build(
     corpus: Annotated[list[Path], typer.Argument(help="Corpus files or folders.")],
@@ -223,7 +223,8 @@ def buckets_build(
 ) -> None:
     "Sort records into domain_buckets/<domain>/<tier>.jsonl and write the index."
     with plain_errors():
-        from elson_nb.corpus.buckets import build_buckets, estimate_tokens
+        from elson_nb.corpus.buckets import build_buckets
+        from elson_nb.corpus.records import estimate_tokens
 
         count = estimate_tokens
         if recipe:

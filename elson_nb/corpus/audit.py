@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PASS', 'FAIL', 'Limits', 'judge', 'expected_rows', 'audit', 'describe']
 
-# %% ../../nbs/1_corpus/11_audit.ipynb #20f89d06
+# %% ../../nbs/1_corpus/11_audit.ipynb #eba0e545
 import json
 import tempfile
 from collections import Counter
@@ -15,9 +15,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from .buckets import estimate_tokens
 from .readers import BadSource, Source, find_sources, read_source
-from .records import TIERS, atomic_text, json_line
+from .records import TIERS, atomic_text, estimate_tokens, json_line
 from .skeletons import skeleton, skeleton_id
 from elson_nb.corpus.tally import (
     ALL_TIERS,

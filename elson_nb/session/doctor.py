@@ -6,7 +6,7 @@
 __all__ = ['Finding', 'check_code', 'check_buckets', 'check_sampler', 'check_gpu', 'check_disk', 'check_memory', 'locate',
            'check_base', 'check_quantisation', 'check_cloud', 'run_doctor', 'dry_run']
 
-# %% ../../nbs/6_session/09_doctor.ipynb #b2b0b765
+# %% ../../nbs/6_session/09_doctor.ipynb #61345887
 import importlib.util
 import os
 import shutil
@@ -17,7 +17,8 @@ from pathlib import Path
 
 import polars as pl
 
-from ..corpus.buckets import BucketError, build_buckets, estimate_tokens, load_index
+from ..corpus.buckets import BucketError, build_buckets, load_index
+from ..corpus.records import estimate_tokens
 from ..corpus.records import TIERS
 from ..corpus.synthesis import write_corpus
 from ..curriculum.plan import plan_phase
