@@ -1,11 +1,13 @@
 "Properties of plan and sample over random stocks, mixes and targets."
 
 import json
+import re
 import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given, settings
@@ -14,9 +16,21 @@ from hypothesis import strategies as st
 from elson_nb.corpus.buckets import INDEX_SCHEMA, build_buckets, load_index
 from elson_nb.corpus.records import read_jsonl
 from elson_nb.corpus.taxonomy import high_risk_domains, load_taxonomy
-from elson_nb.curriculum.plan import ShortfallError, apportion, domain_cap, plan_phase
-from elson_nb.curriculum.sampling import SampleError, choose, hold_out, rest_of, sample_phases, write_samples
-from elson_nb.recipes import PHASES, TIERS, CurriculumConfig, PhaseConfig, load_recipe
+from elson_nb.curriculum.plan import ShortfallError, domain_cap, plan_cycle, plan_phase
+from elson_nb.curriculum.queues import hold_out, rest_of
+from elson_nb.curriculum.quotas import apportion, within_reach
+from elson_nb.curriculum.sampling import SampleError, sample_phases, well_mixed, write_samples
+from elson_nb.recipes import (
+    PHASES,
+    REUSES,
+    SHORTFALLS,
+    TIERS,
+    CurriculumConfig,
+    PhaseConfig,
+    RecipeError,
+    load_recipe,
+    reference_phases,
+)
 
 HIGH_RISK = frozenset(high_risk_domains())
 NORMAL = [name for name in load_taxonomy() if name not in HIGH_RISK]
@@ -82,40 +96,54 @@ def over(*strategies):
     return lambda test: settings(derandomize=True, deadline=None, max_examples=80)(given(*strategies)(test))
 
 
-@over(st.integers(0, 20000), st.integers(1, 8).flatmap(lambda n: shares([f"k{i}" for i in range(n)])))
-def test_apportion_is_exact_and_within_one_of_each_share(total, parts):
-    counts = apportion(total, parts)
-    assert sum(counts.values()) == total
-    assert all(abs(counts[k] - total * share) < 1 for k, share in parts.items())
+LOOSE = ("nearest", "undershoot", "repeat")
 
 
-@over(stocks(), configs(), st.integers(1, 80), st.sampled_from(["nearest", "undershoot"]), st.randoms())
-def test_a_plan_is_never_over_stock_target_or_cap(stock, config, target, shortfall, random):
-    index = make_index(stock)
-    seen = frozenset(i for i in index["id"] if random.random() < 0.3)
-    plan = plan_phase("B", config, target, index, seen, HIGH_RISK, shortfall)
-    assert all(plan.cell(*cell) <= n for cell, n in stock.items())
-    assert sum(plan.cell(*cell) for cell in stock) == plan.total <= target
+@over(
+    stocks(), configs(), st.integers(1, 80), st.sampled_from(LOOSE), st.sampled_from(REUSES), st.floats(0, 1)
+)
+def test_a_plan_is_never_over_stock_target_or_cap(stock, config, target, shortfall, reuse, share):
+    used = {cell: int(n * share) for cell, n in stock.items()}
+    plan = plan_phase("B", config, target, stock, used, shortfall, reuse)
+    for pool, limit in {
+        "new": {cell: n - used[cell] if reuse != "allow" else n for cell, n in stock.items()},
+        "seen": used if reuse == "prefer-unseen" else {},
+        "repeat": {} if shortfall != "repeat" else {cell: 10**6 for cell in stock},
+    }.items():
+        assert all(n <= limit.get(cell, 0) for cell, n in plan.cells(pool).items())
+    assert sum(plan.cells().values()) == plan.total <= target
     domains = {d for (d, _), n in stock.items() if n}
     cap, _ = domain_cap(config.max_domain_share, target, len(domains))
     assert all(n <= cap for n in plan.domains().values())
     if config.max_domain_share * len(domains) >= 1:  # the cap can hold
         assert all(n <= max(1, config.max_domain_share * target + 1e-9) for n in plan.domains().values())
-    if shortfall == "undershoot":
+    if shortfall != "nearest":
         assert all(plan.achieved[t] <= plan.asked[t] for t in TIERS)
 
 
-@over(stocks(), UNCAPPED, st.integers(1, 60), st.sampled_from(["strict", "nearest", "undershoot"]))
-def test_tier_totals_are_exact_when_the_stock_allows(stock, config, target, shortfall):
+@over(stocks(), configs(), st.integers(1, 60), st.sampled_from(SHORTFALLS))
+def test_tier_totals_are_exact_exactly_when_stock_and_cap_allow(stock, config, target, shortfall):
+    names = sorted({d for (d, _), n in stock.items() if n})
+    cap, raised = domain_cap(config.max_domain_share, target, len(names))
     asked = apportion(target, {t: config.mix[t] for t in TIERS})
-    stock |= {(DOMAINS[n % 3], t): asked[t] for n, t in enumerate(TIERS)}
-    plan = plan_phase("A", config, target, make_index(stock), frozenset(), HIGH_RISK, shortfall)
-    assert plan.achieved == asked == plan.asked and plan.total == target and not plan.notes
+    table = np.array([[stock.get((d, t), 0) for t in TIERS] for d in names])
+    feasible = within_reach(np.array(list(asked.values())), table, cap)
+    try:
+        plan = plan_phase("A", config, target, stock, None, shortfall)
+    except ShortfallError as error:
+        assert shortfall == "strict" and (raised or not feasible) and "phase A: " in str(error)
+        return
+    if shortfall == "strict":
+        assert feasible and not raised
+    if feasible:
+        assert plan.achieved == asked == plan.asked and plan.total == target and plan.notes == raised
+    elif shortfall != "repeat":
+        assert len(plan.notes) > len(raised) and plan.achieved != asked
 
 
 @over(stocks(), configs(), st.integers(1, 80))
 def test_nearest_fills_whatever_stock_and_cap_can_give(stock, config, target):
-    plan = plan_phase("A", config, target, make_index(stock), frozenset(), HIGH_RISK, "nearest")
+    plan = plan_phase("A", config, target, stock, None, "nearest")
     per_domain = Counter()
     for (domain, _), n in stock.items():
         per_domain[domain] += n
@@ -123,36 +151,43 @@ def test_nearest_fills_whatever_stock_and_cap_can_give(stock, config, target):
     assert plan.total == min(target, sum(min(cap, n) for n in per_domain.values()))
 
 
-@over(stocks(), configs(), st.integers(1, 60))
-def test_strict_raises_exactly_when_something_is_short(stock, config, target):
-    index = make_index(stock)
-    make = lambda shortfall: plan_phase("A", config, target, index, frozenset(), HIGH_RISK, shortfall)
-    loose = make("undershoot")
-    short = [t for t in TIERS if loose.achieved[t] < loose.asked[t]]
-    if config.max_domain_share == 1:
-        assert short == [t for t in TIERS if loose.asked[t] > sum(n for (_, u), n in stock.items() if u == t)]
-    if short:
-        with pytest.raises(ShortfallError, match=f"phase A: ({'|'.join(short)}): asked"):
-            make("strict")
-    else:
-        assert make("strict") == loose
+@over(stocks(), UNCAPPED, st.integers(1, 80))
+def test_repeat_gives_every_tier_that_has_a_record_at_all(stock, config, target):
+    plan = plan_phase("A", config, target, stock, None, "repeat")
+    in_stock = {t: sum(n for (_, u), n in stock.items() if u == t) for t in TIERS}
+    assert plan.achieved == {t: plan.asked[t] if in_stock[t] else 0 for t in TIERS}
+    again = plan.cells("repeat")
+    assert all(
+        plan.cells("new").get(cell) == stock[cell] for cell in again
+    )  # only what is used up comes again
+    for tier in TIERS:  # no record comes more often than the fewest rounds need
+        times = [-(-n // stock[cell]) for cell, n in plan.cells().items() if cell[1] == tier]
+        if in_stock[tier] and max(times, default=0) > 1:
+            assert max(times) <= -(-target // min(n for n in in_stock.values() if n)) + 1
+
+
+@over(stocks(60), UNCAPPED, st.integers(2, 120))
+def test_a_cell_does_not_shrink_when_more_is_asked_for(stock, config, target):
+    "But for one record of rounding, where the mix can be met at both targets and no cap binds."
+    less, more = (plan_phase("B", config, n, stock, None, "undershoot") for n in (target - 1, target))
+    if less.total == target - 1 and more.total == target:
+        assert all(more.cells().get(cell, 0) >= n - 1 for cell, n in less.cells().items())
 
 
 @over(stocks(), configs(weights=(1.0,)), st.integers(1, 60), st.sampled_from([1.5, 2.0, 4.0]))
 def test_weight_never_lowers_the_share_of_high_risk(stock, config, target, weight):
-    index = make_index(stock)
     risky = lambda config: sum(
-        n
-        for d, n in plan_phase("C", config, target, index, frozenset(), HIGH_RISK).domains().items()
-        if d in HIGH_RISK
+        n for d, n in plan_phase("C", config, target, stock).domains().items() if d in HIGH_RISK
     )
     assert risky(replace(config, high_risk_weight=weight)) >= risky(config)
 
 
 def test_weight_is_the_ratio_of_records_when_there_is_plenty():
-    index = make_index({(d, t): 100 for d in DOMAINS for t in TIERS})
-    plan = plan_phase("C", load_recipe("h100").phases["C"], 80, index, frozenset(), HIGH_RISK)
-    assert {plan.domains()[d] for d in HIGH_RISK & set(DOMAINS)} == {20}
+    stock = {(d, t): 100 for d in DOMAINS for t in TIERS}
+    config = reference_phases()["C"]
+    assert config.high_risk_weight == 3
+    plan = plan_phase("C", config, 100, stock)
+    assert {plan.domains()[d] for d in HIGH_RISK & set(DOMAINS)} == {30}
     assert {plan.domains()[d] for d in set(DOMAINS) - HIGH_RISK} == {10}
 
 
@@ -189,8 +224,8 @@ def test_a_smaller_target_is_a_subset_of_a_larger_one(stock, tier, target, more)
 
 
 def test_a_plan_is_as_even_as_possible():
-    index = make_index({(d, t): 50 for d in DOMAINS for t in TIERS} | {(DOMAINS[0], t): 1 for t in TIERS})
-    domains = plan_phase("A", load_recipe("h100").phases["A"], 104, index).domains()
+    stock = {(d, t): 50 for d in DOMAINS for t in TIERS} | {(DOMAINS[0], t): 1 for t in TIERS}
+    domains = plan_phase("A", load_recipe("h100").phases["A"], 104, stock).domains()
     assert domains.pop(DOMAINS[0]) == 4 and set(domains.values()) == {20}
 
 
@@ -247,19 +282,74 @@ def test_phases_share_no_record_when_the_stock_suffices(stock, config, target, s
     assert {p: s.rows.height for p, s in samples.items()} == targets
 
 
-@over(stocks(6), configs(), st.integers(8, 60))
-def test_a_record_used_before_says_so(stock, config, target):
-    stock |= {(DOMAINS[2], TIERS[1]): 2}
-    samples = sample_phases(make_index(stock), three_phases(config), "all", CurriculumConfig(target))
+@over(stocks(6), configs(), st.integers(8, 60), st.sampled_from(LOOSE), st.sampled_from(REUSES))
+def test_rows_are_the_plan_and_reuse_is_as_its_policy_says(stock, config, target, shortfall, reuse):
+    stock |= {(DOMAINS[2], t): 9 for t in TIERS}
+    curriculum = CurriculumConfig(target, shortfall=shortfall, reuse=reuse)
+    phases = three_phases(config)
+    try:
+        samples = sample_phases(make_index(stock), phases, "all", curriculum)
+    except SampleError as error:
+        assert "got no record" in str(error)
+        return
+    plans = plan_cycle({cell: n for cell, n in stock.items() if n}, phases, curriculum)
     seen = set()
-    for sample in samples.values():
-        assert sample.rows["id"].n_unique() == sample.rows.height == sample.plan.total
+    for name, sample in samples.items():
+        ids = Counter(sample.rows["id"])
+        assert sample.plan == plans[name] and ids.total() == sample.plan.total
+        assert counts_of(sample.rows, "domain", "tier") == sample.plan.cells()
         again = sample.rows.filter(pl.col("reason").str.ends_with(", used in an earlier phase"))
-        assert set(again["id"]) == set(sample.rows["id"]) & seen
-        assert counts_of(sample.rows, "domain", "tier") == {
-            (d, t): n for d, t in stock if (n := sample.plan.cell(d, t))
-        }
-        seen |= set(sample.rows["id"])
+        repeated = sample.rows.filter(pl.col("reason").str.ends_with(", repeated"))
+        assert repeated.height == ids.total() - len(ids) and (shortfall == "repeat" or not repeated.height)
+        if reuse == "forbid":
+            assert not set(ids) & seen
+        if reuse == "prefer-unseen":
+            assert set(again["id"]) == set(ids) & seen
+        seen |= set(ids)
+
+
+def test_under_allow_a_phase_is_drawn_as_if_alone():
+    index = make_index({(d, t): 20 for d in DOMAINS for t in TIERS})
+    curriculum = CurriculumConfig(200, reuse="allow")
+    phases = three_phases(reference_phases()["B"])
+    together = sample_phases(index, phases, "all", curriculum)
+    alone = sample_phases(index, phases, "B", replace(curriculum, target_records=100))
+    assert together["B"].rows.equals(alone["B"].rows)
+    assert set(together["A"].rows["id"]) & set(together["B"].rows["id"])
+
+
+@over(st.integers(30, 200), st.integers(0, 150), st.integers(0, 99))
+def test_a_smaller_cycle_stays_inside_a_larger_one(target, more, seed):
+    "Every record of the small cycle is in the large one, in its phase unless an earlier phase took it."
+    index = make_index({(d, t): 60 for d in DOMAINS for t in TIERS})
+    phases = three_phases(PhaseConfig("even", dict.fromkeys(TIERS, 0.25), 1.0))
+    target, more = target // 96 * 96 + 96, more // 96 * 96  # whole numbers in every cell: nothing is rounded
+    small, large = (
+        sample_phases(index, phases, "all", CurriculumConfig(n, seed=seed)) for n in (target, target + more)
+    )
+    before = set()
+    for name in PHASES:
+        before |= set(large[name].rows["id"])
+        assert set(small[name].rows["id"]) <= before
+
+
+@over(stocks(30), st.integers(0, 99))
+def test_neighbours_differ_in_domain_wherever_the_counts_allow_it(stock, seed):
+    rows = make_index(stock).with_columns(pl.lit(0).alias("copy"))
+    mixed = well_mixed(rows, seed, "order of B")
+    assert sorted(mixed["id"]) == sorted(rows["id"])
+    counts = Counter(rows["domain"])
+    same = sum(a == b for a, b in zip(mixed["domain"], mixed["domain"][1:]))
+    assert same == max(0, 2 * max(counts.values()) - rows.height - 1)  # no order has fewer
+
+
+def test_every_stretch_of_a_mixed_phase_holds_its_share_of_every_domain():
+    rows = make_index({(d, "easy"): 30 * (n + 1) for n, d in enumerate(DOMAINS)})
+    mixed = well_mixed(rows.with_columns(pl.lit(0).alias("copy")), 1, "order of B")
+    for n, domain in enumerate(DOMAINS):
+        share = 30 * (n + 1) / rows.height
+        held = [Counter(mixed["domain"][at : at + 63])[domain] for at in range(0, rows.height, 63)]
+        assert all(abs(h - 63 * share) <= 3 for h in held)
 
 
 @over(stocks(), configs(), st.integers(1, 40))
@@ -291,12 +381,67 @@ def test_another_seed_draws_other_records():
     assert one.plan == two.plan and set(one.rows["id"]) != set(two.rows["id"])
 
 
-def test_choose_takes_new_records_before_seen_ones():
+def test_new_records_come_before_seen_ones():
     index = make_index({(DOMAINS[0], "easy"): 10})
-    seen = frozenset(index["id"][:7])
-    plan = plan_phase("B", PhaseConfig("one tier", {"easy": 1.0}, 1.0), 5, index, seen)
-    chosen = choose(index, plan, seen, seed=1)
-    assert set(index["id"][7:]) < set(chosen["id"]) and chosen.height == 5
+    phases = {p: PhaseConfig("one tier", {"easy": 1.0}, s) for p, s in zip(PHASES, (0.5, 0.4, 0.1))}
+    samples = sample_phases(index, phases, "all", CurriculumConfig(14))
+    first, second = (set(samples[p].rows["id"]) for p in "AB")
+    assert (len(first), len(second), len(first & second)) == (7, 6, 3)
+    assert samples["B"].plan.notes == ["easy: 3 of 6 were used in an earlier phase"]
+
+
+NO_EXTREME = {
+    "nearest": ({"hard": 65, "extremely_complex": 0}, "30 taken from hard"),
+    "undershoot": ({"hard": 35, "extremely_complex": 0}, "the phase is 30 records smaller"),
+    "repeat": ({"hard": 35, "extremely_complex": 0}, "the phase is 30 records smaller"),
+}
+
+
+@pytest.mark.parametrize("shortfall", NO_EXTREME)
+def test_a_corpus_without_the_hardest_tier_under_each_policy(shortfall):
+    stock = {(d, t): 40 for d in DOMAINS for t in TIERS[:3]}
+    plan = plan_phase("C", reference_phases()["C"], 100, stock, None, shortfall)
+    tiers, said = NO_EXTREME[shortfall]
+    assert {t: plan.achieved[t] for t in tiers} == tiers
+    assert said in plan.notes[0] and "asked 30, 30 short (stock 0)" in plan.notes[0]
+    with pytest.raises(ShortfallError, match="asked 30, 30 short .stock 0.*another policy"):
+        plan_phase("C", reference_phases()["C"], 100, stock, None, "strict")
+
+
+def test_a_mix_file_changes_what_a_recipe_draws(tmp_path):
+    mix = tmp_path / "mine.yaml"
+    mix.write_text(
+        "curriculum: {target_records: 60, reuse: forbid}\n"
+        "phases: {C: {mix: {easy: 0.25, medium: 0.25, hard: 0.5}, max_domain_share: 0.4}}\n"
+    )
+    recipe = load_recipe("laptop", ["curriculum.seed=3"], mix)
+    index = make_index({(d, t): 30 for d in DOMAINS for t in TIERS})
+    rows = sample_phases(index, recipe.phases, "C", recipe.curriculum)["C"].rows
+    assert counts_of(rows, "tier") == {("easy",): 15, ("medium",): 15, ("hard",): 30}
+    assert recipe.curriculum.reuse == "forbid" and recipe.phases["B"] == load_recipe("laptop").phases["B"]
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("phases: {B: {mix: {easy: 0.5, hard: 0.48}}}", "sums to 98%; its shares must sum to 100%"),
+        ("phases: {B: {mix: {easy: 1.5, hard: -0.5}}}", "negative share"),
+        ("phases: {B: {mix: {easy: 0.5, tough: 0.5}}}", "the tier 'tough'"),
+        ("phases: {D: {share: 1}}", "there is no setting 'D'"),
+        ("phase: {}", "mine.yaml: there is no setting 'phase'; did you mean 'phases'"),
+        ("curriculum: {target_record: 5}", "did you mean 'target_records'"),
+        ("curriculum: {corpus_scale: 0.5}", "there is no setting 'corpus_scale'"),
+        ("curriculum: {reuse: never}", "use one of prefer-unseen, allow, forbid"),
+        ("curriculum: [1]", "curriculum must be a mapping"),
+        ("- 1", "must hold a mapping"),
+        ("a: [", "not readable YAML"),
+    ],
+)
+def test_a_bad_mix_file_is_refused_by_name(tmp_path, text, complaint):
+    mix = tmp_path / "mine.yaml"
+    mix.write_text(text)
+    with pytest.raises(RecipeError, match=re.escape(complaint)):
+        load_recipe("laptop", [], mix)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['corpus_of', 'prepare_data', 'phase_entry', 'forecast', 'phase_records', 'held_out_records']
 
-# %% ../../nbs/6_session/01_data.ipynb #686c9dc4
+# %% ../../nbs/6_session/01_data.ipynb #5fd15b7c
 import shutil
 from pathlib import Path
 
@@ -14,7 +14,8 @@ import polars as pl
 from ..corpus.buckets import build_buckets, load_index, read_records
 from ..corpus.records import read_jsonl, write_jsonl
 from ..corpus.synthesis import write_corpus
-from ..curriculum.sampling import hold_out, rest_of, sample_phases, write_samples
+from ..curriculum.queues import hold_out, rest_of
+from ..curriculum.sampling import sample_phases, write_samples
 from ..recipes import PHASES, Recipe
 from .ledger import Ledger, SessionError
 from ..store import write_json
@@ -66,7 +67,7 @@ def prepare_data(ledger: Ledger) -> dict:
     write_json(ledger.folder / "0_metrics.json", metrics)
     return metrics
 
-# %% ../../nbs/6_session/01_data.ipynb #daba77d3
+# %% ../../nbs/6_session/01_data.ipynb #2254371b
 def phase_entry(folder: Path, plan, info: dict) -> dict:
     "What `0_metrics.json` keeps of a phase's sample; paths relative to the run."
     return {
@@ -79,6 +80,8 @@ def phase_entry(folder: Path, plan, info: dict) -> dict:
         "stock": plan.stock,
         "achieved": info["tiers"],
         "domains": info["domains"],
+        "largest_domain": info["largest_domain"],
+        "high_risk": info["high_risk"],
         "notes": info["notes"],
     }
 

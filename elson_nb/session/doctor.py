@@ -6,7 +6,7 @@
 __all__ = ['Finding', 'check_code', 'check_buckets', 'check_sampler', 'check_gpu', 'check_disk', 'check_memory', 'locate',
            'check_base', 'check_quantisation', 'check_cloud', 'run_doctor', 'dry_run']
 
-# %% ../../nbs/6_session/09_doctor.ipynb #61345887
+# %% ../../nbs/6_session/09_doctor.ipynb #a5db6600
 import importlib.util
 import os
 import shutil
@@ -18,11 +18,11 @@ from pathlib import Path
 import polars as pl
 
 from ..corpus.buckets import BucketError, build_buckets, load_index
-from ..corpus.records import estimate_tokens
-from ..corpus.records import TIERS
+from ..corpus.records import TIERS, estimate_tokens
 from ..corpus.synthesis import write_corpus
 from ..curriculum.plan import plan_phase
-from ..curriculum.sampling import hold_out, rest_of, sample_phases
+from ..curriculum.queues import hold_out, rest_of
+from ..curriculum.sampling import sample_phases
 from ..recipes import PHASES, Recipe, reference_phases
 from .data import forecast
 from .ledger import git_commit
@@ -54,7 +54,7 @@ def check_code() -> Finding:
         "git pull" if missing else "",
     )
 
-# %% ../../nbs/6_session/09_doctor.ipynb #5f2a7e43
+# %% ../../nbs/6_session/09_doctor.ipynb #adfe692d
 def check_buckets(recipe: Recipe, folder: Path | None) -> Finding:
     "Buckets for a release candidate: at least 80 domains and files; other recipes make their own."
     if folder is None and not recipe.evaluation.release_targets:
@@ -74,11 +74,9 @@ def check_buckets(recipe: Recipe, folder: Path | None) -> Finding:
 
 
 def check_sampler() -> Finding:
-    "Whether a plan on a toy index comes out exact."
-    index = pl.DataFrame(
-        [{"id": f"{t}{n}", "domain": f"d{n % 9}", "tier": t} for t in TIERS for n in range(90)]
-    )
-    totals = {p: plan_phase(p, config, 90, index).total for p, config in reference_phases().items()}
+    "Whether plans of a toy stock come out exact."
+    stock = {(f"d{n}", t): 10 for n in range(9) for t in TIERS}
+    totals = {p: plan_phase(p, config, 90, stock).total for p, config in reference_phases().items()}
     return Finding(
         "sampler",
         set(totals.values()) == {90},
