@@ -516,10 +516,23 @@ def test_write_is_all_or_nothing(tmp_path, monkeypatch):
 
 
 def test_records_of_ours_are_read_the_same_by_the_short_way(tmp_path, monkeypatch):
-    rng, words = random.Random(1), ["", "a b", "  x ", "5", "é", "hard", "Expert", "spicy", "\u0000"]
-    metas = [{}, {"a": 1}, {"source_id": 5, "b": 2}, {"meta": {}}, {"difficulty_given": "z"}]
-    rows = [{field: rng.choice(words) for field in FIELDS} | {"meta": rng.choice(metas)} for _ in range(2000)]
-    put(tmp_path / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    "Records as written, and with one field changed by hand, against the way that every other row goes."
+    rng = random.Random(1)
+    texts = ["Is 5 a prime?", "Yes.\n\n1. It is.\n2.  Twice.", "caf\u00e9", "cafe\u0301", "a  b", "tab\there", "\u2003x"]
+    labels = ["", "insurance", "Expert", " hard ", "hard", "\u0000", 5, None]
+    metas = [{}, {"a": [1.5, None]}, {"n": 10**25}, {"x": float("nan")}, {"s": "\ud800"}, [], {"parent": "8e60"}]
+    lines = []
+    for _ in range(3000):
+        record = make_record(
+            rng.choice(texts), rng.choice(texts), rng.choice(["", *texts]), source="ours", meta=rng.choice([{}, {"k": 1}])
+        )
+        if rng.random() < 0.7:
+            field = rng.choice(FIELDS)
+            record[field] = rng.choice(metas if field == "meta" else [*labels, *texts])
+        lines.append(json.dumps(dict(rng.sample(list(record.items()), 9)) if rng.random() < 0.1 else record))
+    put(tmp_path / "rows.jsonl", "".join(line + "\n" for line in lines).encode())
     short = [str(item) for item in read_source(tmp_path / "rows.jsonl")]
-    monkeypatch.setattr(readers, "_is_plain", lambda row: False)
-    assert [str(item) for item in read_source(tmp_path / "rows.jsonl")] == short
+    whole = sum(readers.is_whole(json.loads(line)) for line in lines)
+    monkeypatch.setattr(readers, "is_whole", lambda row: False)
+    assert short == [str(item) for item in read_source(tmp_path / "rows.jsonl")]
+    assert 500 < whole < 2500

@@ -6,7 +6,7 @@
 __all__ = ['app', 'release_app', 'RecipeName', 'Settings', 'MixFile', 'Run', 'version_callback', 'root', 'sample', 'check_phase',
            'doctor', 'resumed', 'run', 'new_run', 'finish', 'report', 'release_merge', 'main']
 
-# %% ../../nbs/9_cli/01_main.ipynb #d5e7740c
+# %% ../../nbs/9_cli/01_main.ipynb #b9f4b002
 import dataclasses
 import webbrowser
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from .corpus import AsJson, Quiet, Seed, buckets_app, corpus_app
+from .corpus import AsJson, Quiet, buckets_app, corpus_app
 from ..recipes import Recipe, load_recipe, read_mix
 from elson_nb.session.terminal import (
     ProgressLine,
@@ -65,7 +65,7 @@ def root(
 ) -> None:
     "From finance questions and answers to a domain expert model that another person can check."
 
-# %% ../../nbs/9_cli/01_main.ipynb #a11ee8c3
+# %% ../../nbs/9_cli/01_main.ipynb #fdfda22e
 @app.command()
 def sample(
     buckets: Annotated[Path, typer.Option("--buckets", help="Folder made by `elson buckets build`.")] = Path(
@@ -150,14 +150,15 @@ def doctor(
         if not all(f.ok for f in findings):
             raise typer.Exit(1)
 
-# %% ../../nbs/9_cli/01_main.ipynb #85339f4c
+# %% ../../nbs/9_cli/01_main.ipynb #e0b9b81b
 def resumed(run: Path, recipe: str | None, mix: Path | None, settings: list[str] | None, corpus: list[Path]):
     "The ledger of a run to go on with; its recipe is its own."
     from elson_nb.session.ledger import Ledger
 
     if recipe or mix or settings or corpus:
         raise ValueError(
-            "--resume goes on with the run's own recipe and corpus; leave --recipe, --mix, --corpus and --set away"
+            "--resume goes on with the run's own recipe and corpus; "
+            "leave --recipe, --mix, --corpus and --set away"
         )
     return Ledger.open(run)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TAXONOMY', 'GENERAL', 'Domain', 'load_taxonomy', 'high_risk_domains', 'resolve_label', 'nearest_domain', 'Assignment',
-           'classify_text', 'assign_domain']
+           'classify_text', 'assign_label']
 
 # %% ../../nbs/1_corpus/02_taxonomy.ipynb #27d10a5e
 import difflib
@@ -104,11 +104,11 @@ def classify_text(text: str) -> Assignment:
     because = tuple(sorted(w for w in found if owners[w] == best))
     return Assignment(best, round(scores[best] / (sum(scores.values()) + 1), 3), because)
 
-# %% ../../nbs/1_corpus/02_taxonomy.ipynb #2f541f0d
-def assign_domain(record: dict) -> Assignment:
-    "Domain of a record: its own label, then its category, then the words of question and answer."
-    for field in ("domain", "category"):
-        label = resolve_label(record.get(field) or "")
-        if label:
-            return Assignment(label, 1.0, (f"{field} label",))
-    return classify_text(f"{record['instruction']} {record['output']}")
+# %% ../../nbs/1_corpus/02_taxonomy.ipynb #26aa3b83
+@lru_cache(maxsize=4096)
+def assign_label(domain: str, category: str) -> Assignment | None:
+    "Domain by a record's own label, else by its category, else None."
+    for field, label in (("domain", domain), ("category", category)):
+        if name := resolve_label(label or ""):
+            return Assignment(name, 1.0, (f"{field} label",))
+    return None

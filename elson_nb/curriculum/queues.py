@@ -11,16 +11,27 @@ import hashlib
 import numpy as np
 import polars as pl
 
-# %% ../../nbs/2_curriculum/02_queues.ipynb #5fa7d219
-def bits_of(ids: pl.Series) -> np.ndarray:  # (records,) of uint64
-    "64 bits of each id: the first sixteen hexadecimal digits, or a hash where an id is something else."
+# %% ../../nbs/2_curriculum/02_queues.ipynb #1d33376c
+def _chunks(rows: int) -> list[slice]:
+    "Row ranges whose intermediate values are held at a time: a million rows each."
+    return [slice(start, start + 1_000_000) for start in range(0, rows, 1_000_000)]
+
+
+def _bits(ids: pl.Series) -> pl.Series:
     bits = ids.str.head(16).str.to_integer(base=16, dtype=pl.UInt64, strict=False)
     odd = bits.is_null() | (ids.str.len_bytes() < 16)
-    if odd.any():
-        hashed = lambda i: int.from_bytes(hashlib.blake2b(i.encode(), digest_size=8).digest(), "big")
-        values = [hashed(i) if o else b for i, b, o in zip(ids, bits, odd)]
-        bits = pl.Series(values, dtype=pl.UInt64)
-    return bits.to_numpy().copy()
+    if not odd.any():
+        return bits
+    hashed = lambda i: int.from_bytes(hashlib.blake2b(i.encode(), digest_size=8).digest(), "big")
+    return pl.Series([hashed(i) if o else b for i, b, o in zip(ids, bits, odd)], dtype=pl.UInt64)
+
+
+def bits_of(ids: pl.Series) -> np.ndarray:  # (records,) of uint64
+    "64 bits of each id: the first sixteen hexadecimal digits, or a hash where an id is something else."
+    bits = np.empty(len(ids), dtype=np.uint64)
+    for part in _chunks(len(ids)):
+        bits[part] = _bits(ids[part]).to_numpy()
+    return bits
 
 
 def _mixed(z: np.ndarray) -> np.ndarray:
@@ -36,19 +47,25 @@ def places(bits: np.ndarray, seed: int, purpose: str) -> np.ndarray:  # (records
     "Place of each record in the queue of a seed and a purpose."
     digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=16).digest()
     first, second = (np.uint64(int.from_bytes(digest[n : n + 8], "big")) for n in (0, 8))
-    return _mixed(_mixed(bits ^ first) ^ second)
+    place = np.empty_like(bits)
+    for part in _chunks(len(bits)):
+        place[part] = _mixed(_mixed(bits[part] ^ first) ^ second)
+    return place
 
-# %% ../../nbs/2_curriculum/02_queues.ipynb #085eb599
+# %% ../../nbs/2_curriculum/02_queues.ipynb #cd0077c7
 def first_of_each(
     cell: np.ndarray,  # (records,) number of each record's bucket
     place: np.ndarray,  # (records,) its place
+    among: np.ndarray,  # (records,) whether it may be taken at all
     need: np.ndarray,  # (buckets,) how many are wanted; no more than there are
 ) -> np.ndarray:  # row numbers, by bucket and then by place
     "The first `need` records of every bucket."
-    have = np.bincount(cell, minlength=len(need))
+    parts = _chunks(len(cell))
+    have = sum((np.bincount(cell[p][among[p]], minlength=len(need)) for p in parts), np.zeros_like(need))
     share = np.minimum(1.0, (need + 8 * np.sqrt(need) + 16) / np.maximum(have, 1)) * (need > 0)
     for bound in (share * 2.0**64, np.where(need, 2.0**64, 0.0)):
-        near = np.flatnonzero(place <= bound[cell])
+        under = [p.start + np.flatnonzero(among[p] & (place[p] <= bound[cell[p]])) for p in parts]
+        near = np.concatenate(under)
         rows = near[np.lexsort((place[near], cell[near]))]
         kept = np.bincount(cell[rows], minlength=len(need))
         if (kept >= need).all():

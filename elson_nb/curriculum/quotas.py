@@ -102,11 +102,11 @@ def level(
         x[open_cells[order[:left]]] += 1
     return x
 
-# %% ../../nbs/2_curriculum/00_quotas.ipynb #a2e99a14
+# %% ../../nbs/2_curriculum/00_quotas.ipynb #36174567
 def moves(
     x: np.ndarray, stock: np.ndarray, weights: np.ndarray, stride: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    "Cost a record of adding, and of removing, `stride` records in each cell; infinite where it cannot be done."
+    "Cost a record of adding, and of removing, `stride` records in each cell; infinite where impossible."
     w = weights[:, None]
     add = np.where(x + stride <= stock, (2 * x + stride) / w, np.inf)
     remove = np.where(x >= stride, (stride - 2 * x) / w, np.inf)
@@ -118,7 +118,7 @@ def cheapest(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows = table.argmin(axis=0)
     return np.take_along_axis(table, rows[None], axis=0)[0], rows
 
-# %% ../../nbs/2_curriculum/00_quotas.ipynb #ec3e03cd
+# %% ../../nbs/2_curriculum/00_quotas.ipynb #acd28a23
 def exchange_graph(
     x: np.ndarray, stock: np.ndarray, weights: np.ndarray, cap: int, stride: int
 ) -> tuple[
@@ -141,7 +141,7 @@ def exchange_graph(
 def walk(cost: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     "Bellman–Ford: distances from `start`, the node before each, and a node on a gaining circle or -1."
     distance, before, nodes, on_circle = start.copy(), np.full(len(start), -1), np.arange(len(start)), -1
-    for turn in range(len(start) + 1):
+    for _ in range(len(start) + 1):
         through = distance[:, None] + cost
         best, nearest = through.min(axis=0), through.argmin(axis=0)
         better = best < distance - 1e-9
