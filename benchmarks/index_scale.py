@@ -1,10 +1,10 @@
-"""Plan and sample from synthetic indexes of one to ten million records: time for each million and peak memory.
+"""Plan and sample from synthetic indexes of one to ten million records: time a million and peak memory.
 
     python benchmarks/index_scale.py [--most 10]
 
-Each size runs in a process of its own, which reads an index from disk, plans the three phases of the reference curriculum
-(15,000 records) and draws them, as `elson sample` does. The index has the 114 domains of the taxonomy with
-very uneven stocks. Figures and plot go to benchmarks/results/index_scale.json and .png.
+Each size runs in a process of its own, which reads an index from disk, plans the three phases of the reference
+curriculum (15,000 records) and draws them, as `elson sample` does. The index has the 114 domains of the taxonomy
+with very uneven stocks. Figures and plot go to benchmarks/results/index_scale.json and .png.
 """
 
 import argparse
@@ -39,7 +39,9 @@ def write_index(path: Path, millions: int, seed: int = 0) -> None:
         digits = rng.bytes(12 * MILLION).hex()
         frame = {
             "id": [digits[n : n + 24] for n in range(0, len(digits), 24)],
-            "domain": np.array(list(load_taxonomy()))[rng.choice(len(weight), MILLION, p=weight / weight.sum())],
+            "domain": np.array(list(load_taxonomy()))[
+                rng.choice(len(weight), MILLION, p=weight / weight.sum())
+            ],
             "tier": np.array(TIERS)[rng.choice(4, MILLION, p=[0.35, 0.38, 0.2, 0.07])],
             "n_tokens": rng.integers(20, 900, MILLION),
             "offset": np.arange(MILLION) * 850,
@@ -73,13 +75,13 @@ def measure(millions: list[int]) -> list[dict]:
         for size in millions:
             path = Path(folder) / str(size) / "index.parquet"
             path.parent.mkdir()
-            write = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import index_scale, pathlib; "
-            write += f"index_scale.write_index(pathlib.Path({str(path)!r}), {size})"
-            subprocess.run([sys.executable, "-c", write], check=True)
+            subprocess.run([sys.executable, __file__, "--write", str(path), "--most", str(size)], check=True)
             command = [sys.executable, __file__, "--child", str(path.parent)]
             rows.append({"millions": size} | json.loads(subprocess.check_output(command)))
             total = sum(rows[-1]["seconds"].values())
-            print(f"{size:3} million: {total:6.2f} s, {total / size:5.2f} s a million, peak {rows[-1]['peak_mb']:,.0f} MB")
+            print(
+                f"{size:3} million: {total:6.2f} s, {total / size:5.2f} s a million, peak {rows[-1]['peak_mb']:,.0f} MB"
+            )
     return rows
 
 
@@ -101,9 +103,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--most", type=int, default=10, help="millions of records in the largest index")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         return child(given.child)
+    if given.write:
+        return write_index(given.write, given.most)
     rows = measure([n for n in (1, 2, 4, 6, 8, 10) if n <= given.most])
     RESULTS.mkdir(exist_ok=True)
     report = {"target_records": 15000, "sizes": rows, "provenance": provenance()}

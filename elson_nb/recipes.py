@@ -112,17 +112,17 @@ class PhaseConfig:
         )
         check(self.high_risk_weight > 0, f"high_risk_weight is {self.high_risk_weight}; it must be above 0")
 
-# %% ../nbs/00_recipes.ipynb #7b7fd46a
+# %% ../nbs/00_recipes.ipynb #0e1cdf12
 def reference_phases() -> dict[str, PhaseConfig]:
     "The three phases of the reference curriculum: tier mixes, the 15% cap in B, the weight on risk in C."
     mix = lambda *shares: dict(zip(TIERS, shares))
     return {
         "A": PhaseConfig("Domain Blocks", mix(0.35, 0.35, 0.25, 0.05), 0.33, order="blocks"),
         "B": PhaseConfig("Mixed Curriculum", mix(0.20, 0.40, 0.30, 0.10), 0.43, max_domain_share=0.15),
-        "C": PhaseConfig("Stress Epoch", mix(0.10, 0.25, 0.35, 0.30), 0.24, high_risk_weight=3.0),
+        "C": PhaseConfig("Stress Epoch", mix(0.10, 0.25, 0.35, 0.30), 0.24, high_risk_weight=4.0),
     }
 
-# %% ../nbs/00_recipes.ipynb #17dd40c8
+# %% ../nbs/00_recipes.ipynb #49b83645
 @dataclass(frozen=True)
 class CurriculumConfig:
     target_records: int = 15000  # records of one cycle, over all phases

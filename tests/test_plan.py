@@ -185,10 +185,10 @@ def test_weight_never_lowers_the_share_of_high_risk(stock, config, target, weigh
 def test_weight_is_the_ratio_of_records_when_there_is_plenty():
     stock = {(d, t): 100 for d in DOMAINS for t in TIERS}
     config = reference_phases()["C"]
-    assert config.high_risk_weight == 3
-    plan = plan_phase("C", config, 100, stock)
-    assert {plan.domains()[d] for d in HIGH_RISK & set(DOMAINS)} == {30}
-    assert {plan.domains()[d] for d in set(DOMAINS) - HIGH_RISK} == {10}
+    assert config.high_risk_weight == 4
+    plan = plan_phase("C", config, 240, stock)  # two high-risk domains and four others
+    assert {plan.domains()[d] for d in HIGH_RISK & set(DOMAINS)} == {80}
+    assert {plan.domains()[d] for d in set(DOMAINS) - HIGH_RISK} == {20}
 
 
 def draw(index, config, target, seed=7, order="shuffled", max_length=None):

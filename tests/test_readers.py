@@ -518,13 +518,33 @@ def test_write_is_all_or_nothing(tmp_path, monkeypatch):
 def test_records_of_ours_are_read_the_same_by_the_short_way(tmp_path, monkeypatch):
     "Records as written, and with one field changed by hand, against the way that every other row goes."
     rng = random.Random(1)
-    texts = ["Is 5 a prime?", "Yes.\n\n1. It is.\n2.  Twice.", "caf\u00e9", "cafe\u0301", "a  b", "tab\there", "\u2003x"]
+    texts = [
+        "Is 5 a prime?",
+        "Yes.\n\n1. It is.\n2.  Twice.",
+        "caf\u00e9",
+        "cafe\u0301",
+        "a  b",
+        "tab\there",
+        "\u2003x",
+    ]
     labels = ["", "insurance", "Expert", " hard ", "hard", "\u0000", 5, None]
-    metas = [{}, {"a": [1.5, None]}, {"n": 10**25}, {"x": float("nan")}, {"s": "\ud800"}, [], {"parent": "8e60"}]
+    metas = [
+        {},
+        {"a": [1.5, None]},
+        {"n": 10**25},
+        {"x": float("nan")},
+        {"s": "\ud800"},
+        [],
+        {"parent": "8e60"},
+    ]
     lines = []
     for _ in range(3000):
         record = make_record(
-            rng.choice(texts), rng.choice(texts), rng.choice(["", *texts]), source="ours", meta=rng.choice([{}, {"k": 1}])
+            rng.choice(texts),
+            rng.choice(texts),
+            rng.choice(["", *texts]),
+            source="ours",
+            meta=rng.choice([{}, {"k": 1}]),
         )
         if rng.random() < 0.7:
             field = rng.choice(FIELDS)

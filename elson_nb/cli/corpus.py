@@ -6,7 +6,8 @@
 __all__ = ['corpus_app', 'buckets_app', 'Quiet', 'AsJson', 'Seed', 'Sources', 'corpus_build', 'parse_map', 'corpus_import',
            'corpus_merge', 'corpus_audit', 'buckets_build']
 
-# %% ../../nbs/9_cli/00_corpus.ipynb #9101dcad
+# %% ../../nbs/9_cli/00_corpus.ipynb #f690acd9
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -207,7 +208,7 @@ def corpus_audit(
         if strict and failed:
             raise fail(f"checks failed: {', '.join(failed)}; see {output}/audit.json", 1)
 
-# %% ../../nbs/9_cli/00_corpus.ipynb #c1f3529c
+# %% ../../nbs/9_cli/00_corpus.ipynb #b0018abf
 @buckets_app.command("build")
 def buckets_build(
     corpus: Annotated[list[Path], typer.Argument(help="Corpus files or folders.")],
@@ -218,34 +219,54 @@ def buckets_build(
             "--recipe", help="Count tokens with this recipe's base model; without it they are estimated."
         ),
     ] = None,
+    difficulty: Annotated[
+        str,
+        typer.Option(
+            "--difficulty", help="rule: labels and features. model: the base model's loss per answer token."
+        ),
+    ] = "rule",
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     "Sort records into domain_buckets/<domain>/<tier>.jsonl and write the index."
     with plain_errors():
-        from elson_nb.corpus.buckets import build_buckets
+        from elson_nb.corpus.buckets import build_buckets, by_classifier
         from elson_nb.corpus.records import estimate_tokens
 
-        count = estimate_tokens
-        if recipe:
-            from elson_nb.training.base import fetch_base, load_tokenizer
-            from elson_nb.training.batches import count_tokens
-
-            chosen = load_recipe(recipe)
-            tokenizer = load_tokenizer(fetch_base(chosen.model, lambda text: err.print(text)))
-            count = lambda record: count_tokens(record, tokenizer, chosen.training.prompt_template)
+        if difficulty not in ("rule", "model"):
+            raise ValueError(f"--difficulty {difficulty}: use rule or model")
+        say = lambda text: None if quiet else err.print(text, markup=False)
+        count, retier = estimate_tokens, None
+        chosen = load_recipe(recipe or "laptop") if recipe or difficulty == "model" else None
         with counting("sorting", quiet) as progress:
-            summary = build_buckets(corpus, output, count, progress)
+            if chosen:
+                from elson_nb.training.base import fetch_base, load_tokenizer
+                from elson_nb.training.batches import count_tokens
+
+                base = fetch_base(chosen.model, say)
+                tokenizer = load_tokenizer(base)
+                count = lambda record: count_tokens(record, tokenizer, chosen.training.prompt_template)
+            if difficulty == "model":
+                from elson_nb.training.difficulty import by_loss
+
+                retier = by_loss(chosen, base, output / "answer_losses.jsonl", progress)
+            classify = partial(by_classifier, say=say)
+            summary = build_buckets(corpus, output, count, progress, classify, retier)
         rows = [{"tier": t, "records": n} for t, n in summary["tiers"].items()]
 
         def text() -> None:
             out.print(grid(rows, {"tier": "tier", "records": "records"}))
             out.print(
                 f"{output}: {summary['records']:,} records in {summary['domains']} domains and "
-                f"{summary['files']} "
-                f"files, {summary['set_aside']} rows set aside in quarantine.jsonl; "
+                f"{summary['files']} files, {summary['set_aside']} rows set aside in quarantine.jsonl; "
                 f"tokens {summary['token_count']}",
                 markup=False,
             )
+            if summary["classified"]:
+                out.print(
+                    f"{summary['classified']:,} records had no label and were classified by their text; "
+                    f"{summary['low_confidence']:,} of them too unsure, see low_confidence.jsonl",
+                    markup=False,
+                )
 
         emit(summary, text, as_json)

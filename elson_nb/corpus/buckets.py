@@ -135,12 +135,15 @@ def write_buckets(
     }
     return pl.DataFrame(columns, schema=INDEX_SCHEMA)
 
-# %% ../../nbs/1_corpus/13_buckets.ipynb #89827bfa
-def by_classifier(records: Sequence[dict]) -> list[Assignment]:
+# %% ../../nbs/1_corpus/13_buckets.ipynb #d17e4400
+def by_classifier(
+    records: Sequence[dict],
+    say: Callable[[str], None] | None = None,  # told when a classifier is trained, which takes a minute
+) -> list[Assignment]:
     "Domains by the trained classifier."
     from elson_nb.corpus.classifier import default_classifier  # scikit-learn takes a second to import
 
-    return default_classifier().classify(records)
+    return default_classifier(say).classify(records)
 
 # %% ../../nbs/1_corpus/13_buckets.ipynb #e5274bc4
 @contextmanager

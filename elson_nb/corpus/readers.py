@@ -68,7 +68,7 @@ def as_shown(content: object) -> str:
         content = json.dumps(content, ensure_ascii=False, default=str)
     return content[:2000].encode("utf-8", "backslashreplace").decode("utf-8")[:2000]
 
-# %% ../../nbs/1_corpus/01_readers.ipynb #c878652c
+# %% ../../nbs/1_corpus/01_readers.ipynb #7808b62c
 Rows = Iterator[tuple[int, object, str]]  # line, value, fault
 
 
@@ -77,7 +77,7 @@ class Whole(dict):
 
 
 def _parsed(line: bytes, errors: str) -> object:
-    "The value of a line; a record of ours through the fast parser, all else through the one that keeps long numbers."
+    "The value of a line; a record of ours by the fast parser, all else by the one that keeps long numbers."
     try:
         value = orjson.loads(line)
         if is_whole(value):

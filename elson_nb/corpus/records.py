@@ -139,7 +139,7 @@ def make_record(
         "meta": kept,
     }
 
-# %% ../../nbs/1_corpus/00_records.ipynb #c1d66fc2
+# %% ../../nbs/1_corpus/00_records.ipynb #8815e6b6
 _ROUNDED = re.compile(rb"[:,\[]-?\d[\d.]*e")  # a number that may have lost digits on the way
 
 
@@ -155,7 +155,7 @@ def _good_labels(category: object, domain: object, difficulty: object, source: o
 
 
 def is_whole(row: object) -> bool:
-    "Whether a row is a record as `make_record` makes them: nine fields in order, clean, with the id of its texts."
+    "Whether a row is a record as `make_record` makes them: nine fields in order, clean, the id of its texts."
     if not isinstance(row, dict) or tuple(row) != FIELDS or not isinstance(row["meta"], dict):
         return False
     given, instruction, input, output, *labels, meta = row.values()
@@ -165,7 +165,7 @@ def is_whole(row: object) -> bool:
         said = orjson.dumps(meta)
         if b"null" in said or _ROUNDED.search(said):
             return False
-        # an id is the hash of normal texts: where it is the hash of these, these are normal but for their line ends
+        # an id is the hash of normal texts; where it is that of these, they are normal but for line ends
         if given == _hash("\x1f".join((instruction, input, output)).replace("\n", " ")):
             return True
         texts = {"instruction": instruction, "input": input, "output": output}

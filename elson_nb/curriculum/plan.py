@@ -66,7 +66,7 @@ class Take:
         )
         return share + {"new": "", "seen": ", used in an earlier phase", "repeat": ", repeated"}[self.pool]
 
-# %% ../../nbs/2_curriculum/01_plan.ipynb #d37f4ec7
+# %% ../../nbs/2_curriculum/01_plan.ipynb #ac159023
 @dataclass
 class PhasePlan:
     "The plan of one phase. Counts are records."
@@ -121,7 +121,7 @@ class PhasePlan:
         return counts
 
     def table(self) -> pl.DataFrame:
-        "Asked (a tier's records by weight over the domains), available and achieved for each domain and tier."
+        "Asked (a tier's records by weight over domains), available and achieved for each domain and tier."
         whole, taken = sum(self.weights.values()), self.cells()
         rows = [
             (d, t, self.asked[t] * w / whole, self.available.get((d, t), 0), taken.get((d, t), 0))

@@ -199,7 +199,7 @@ def write_samples(
         }
     return written
 
-# %% ../../nbs/2_curriculum/03_sampling.ipynb #4ef61980
+# %% ../../nbs/2_curriculum/03_sampling.ipynb #96c10a12
 def banner(written: dict[str, dict], buckets: Path, out: Path, wanted: str, config: CurriculumConfig) -> str:
     "What the sampler did, for a terminal: when, from where, to where, and the totals of each phase."
     lines = [
@@ -219,7 +219,7 @@ def banner(written: dict[str, dict], buckets: Path, out: Path, wanted: str, conf
             f"  {tiers}",
             f"  largest domain {largest} {share:.1%} · "
             f"high-risk domains {risky:.1%}, of the buckets {of_all:.1%}",
-            *(f"  shortfall: {n}" for n in info["notes"]),
+            *(f"  note: {n}" for n in info["notes"]),
             f"  {info['manifest']}",
             f"  {info['merged']}",
         ]

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['corpus_of', 'prepare_data', 'phase_entry', 'forecast', 'phase_records', 'held_out_records']
 
-# %% ../../nbs/6_session/01_data.ipynb #5fd15b7c
+# %% ../../nbs/6_session/01_data.ipynb #e2a02d9c
 import shutil
+from functools import partial
 from pathlib import Path
 
 import polars as pl
 
-from ..corpus.buckets import build_buckets, load_index, read_records
+from ..corpus.buckets import build_buckets, by_classifier, load_index, read_records
 from ..corpus.records import read_jsonl, write_jsonl
 from ..corpus.synthesis import write_corpus
 from ..curriculum.queues import hold_out, rest_of
@@ -32,7 +33,7 @@ def corpus_of(ledger: Ledger) -> list[Path]:
     write_corpus(folder, seed=config.seed, scale=config.corpus_scale, domains=config.corpus_domains)
     return [folder]
 
-# %% ../../nbs/6_session/01_data.ipynb #bacc2b3e
+# %% ../../nbs/6_session/01_data.ipynb #54bc31da
 def prepare_data(ledger: Ledger) -> dict:
     "Run step 0 and write `0_metrics.json`. Raises the errors of readers, buckets and sampler as they are."
     recipe, data = ledger.recipe, ledger.folder / "data"
@@ -47,6 +48,7 @@ def prepare_data(ledger: Ledger) -> dict:
         data,
         lambda r: count_tokens(r, tokenizer, recipe.training.prompt_template),
         lambda n: ledger.show_progress("0", message=f"{n:,} records read"),
+        partial(by_classifier, say=lambda text: ledger.show_progress("0", message=text)),
     )
     index = load_index(data)
     usable = index.filter(pl.col("n_tokens") <= recipe.training.max_length)

@@ -101,7 +101,7 @@ def counting(label: str, quiet: bool) -> Iterator[Callable[..., None]]:
 
         yield update
 
-# %% ../../nbs/6_session/10_terminal.ipynb #a2cf9fd0
+# %% ../../nbs/6_session/10_terminal.ipynb #2420d6e5
 def print_dry_run(plan: dict) -> None:
     "A dry run for a person."
     out.print(
@@ -139,7 +139,7 @@ def print_dry_run(plan: dict) -> None:
     )
     for name, info in plan["phases"].items():
         for note in info["notes"]:
-            out.print(f"phase {name}, shortfall: {note}", markup=False)
+            out.print(f"phase {name}: {note}", markup=False)
     out.print(
         f"forecast at an assumed {plan['tokens_per_second']:,.0f} tokens/s, "
         f"{plan['memory_gb']:g} GB of memory; "
