@@ -3,8 +3,8 @@
     python benchmarks/index_scale.py [--most 10]
 
 Each size runs in a process of its own, which reads an index from disk, plans the three phases of the reference
-curriculum (15,000 records) and draws them, as `elson sample` does. The index has the 114 domains of the taxonomy
-with very uneven stocks. Figures and plot go to benchmarks/results/index_scale.json and .png.
+curriculum (15,000 records) and draws them, as `elson sample` does. The index has the 114 domains of the
+taxonomy with very uneven stocks. Figures and plot go to benchmarks/results/index_scale.json and .png.
 """
 
 import argparse
@@ -79,9 +79,8 @@ def measure(millions: list[int]) -> list[dict]:
             command = [sys.executable, __file__, "--child", str(path.parent)]
             rows.append({"millions": size} | json.loads(subprocess.check_output(command)))
             total = sum(rows[-1]["seconds"].values())
-            print(
-                f"{size:3} million: {total:6.2f} s, {total / size:5.2f} s a million, peak {rows[-1]['peak_mb']:,.0f} MB"
-            )
+            each, peak = total / size, rows[-1]["peak_mb"]
+            print(f"{size:3} million: {total:6.2f} s, {each:5.2f} s a million, peak {peak:,.0f} MB")
     return rows
 
 

@@ -1,9 +1,9 @@
-"""What a cycle of 15,000 records draws from the full corpus, and from one without its hardest tier under each policy.
+"""What a cycle of 15,000 records draws from the full corpus, and from one without its hardest tier.
 
     python benchmarks/policies.py
 
-It does what `elson corpus build`, `elson buckets build` and `elson sample --phase all --target-records 15000 --seed 42
---shortfall POLICY` do. Figures go to benchmarks/results/policies.json.
+It does what `elson corpus build`, `elson buckets build` and, under each policy, `elson sample --phase all
+--target-records 15000 --seed 42 --shortfall POLICY` do. Figures go to benchmarks/results/policies.json.
 """
 
 import json
@@ -67,9 +67,10 @@ def show(title: str, told: dict | str) -> None:
         )
         (largest, share), risk = phase["largest_domain"], phase["high_risk"]
         print(
-            f"  {name} {phase['records']:6,} records, {phase['distinct']:6,} distinct, {phase['used_before']:5,} used before"
-            f" | {tiers} | largest {largest} {share:.1%} | high-risk {risk['phase']:.1%}, buckets {risk['buckets']:.1%}"
-            f" | longest run {phase['longest_run_of_a_domain']}"
+            f"  {name} {phase['records']:6,} records, {phase['distinct']:6,} distinct,"
+            f" {phase['used_before']:5,} used before | {tiers} | largest {largest} {share:.1%} |"
+            f" high-risk {risk['phase']:.1%}, buckets {risk['buckets']:.1%} |"
+            f" longest run {phase['longest_run_of_a_domain']}"
         )
         for note in phase["notes"]:
             print(f"      {note}")
