@@ -2,9 +2,9 @@
 
     python benchmarks/index_scale.py [--most 10]
 
-Each size runs in a process of its own, which reads an index from disk, plans the three phases of the reference
-curriculum (15,000 records) and draws them, as `elson sample` does. The index has the 114 domains of the
-taxonomy with very uneven stocks. Figures and plot go to benchmarks/results/index_scale.json and .png.
+Each size runs in a process of its own, which reads an index from disk, plans the three phases of the
+reference curriculum (15,000 records) and draws them, as `elson sample` does. The index has the 114 domains
+of the taxonomy with very uneven stocks. Figures and plot: benchmarks/results/index_scale.json and .png.
 """
 
 import argparse

@@ -3,7 +3,8 @@
     make bench
 
 Every time is the median of several runs in one process; `x parse` is its ratio to `json.load` of the same
-four files, a run of which stands beside each run of the rest. The figures also go to benchmarks/results/plan_and_sample.json.
+four files, a run of which stands beside each run of the rest. The figures also go to
+benchmarks/results/plan_and_sample.json.
 """
 
 import json

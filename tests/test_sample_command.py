@@ -6,8 +6,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import polars as pl
 import pytest
 
+from elson_nb.corpus.buckets import load_index
 from elson_nb.corpus.records import make_record, write_jsonl
 from elson_nb.recipes import TIERS
 
@@ -125,6 +127,28 @@ def test_a_mix_decides_and_an_option_overrides_it(buckets, tmp_path):
     assert other["tiers"]["easy"] == 30
     domains = [line["domain"] for line in manifest(tmp_path / "one", "B")]
     assert all(a != b for a, b in zip(domains, domains[1:]))
+
+
+def test_tiers_by_the_loss_of_the_model_keep_their_numbers(buckets, tmp_path):
+    source = buckets.parent / "corpus.jsonl"
+    some = tmp_path / "some.jsonl"
+    some.write_text("".join(source.read_text("utf-8").splitlines(keepends=True)[::7]), "utf-8")
+    summaries, indexes = {}, {}
+    for way in ("rule", "model"):
+        words = ("--recipe", "smoke", "--difficulty", way, "--json")
+        done = elson("buckets", "build", some, "--out", tmp_path / way, *words)
+        assert done.returncode == 0, done.stderr
+        summaries[way] = json.loads(done.stdout)
+        indexes[way] = load_index(tmp_path / way, ["id", "tier", "tier_because"]).sort("id")
+    assert summaries["rule"]["tiers"] == summaries["model"]["tiers"]
+    assert indexes["rule"]["tier"].to_list() != indexes["model"]["tier"].to_list()
+    because = indexes["model"]["tier_because"].cast(pl.String).to_list()
+    assert all("nats a token" in b and "by the rule" in b for b in because)
+    losses = (tmp_path / "model" / "answer_losses.jsonl").read_bytes()
+    again = elson("buckets", "build", some, "--out", tmp_path / "model", *words)
+    assert again.returncode == 0 and (tmp_path / "model" / "answer_losses.jsonl").read_bytes() == losses
+    wrong = elson("buckets", "build", some, "--out", tmp_path / "x", "--difficulty", "guess")
+    assert wrong.returncode == 2 and "use rule or model" in wrong.stderr
 
 
 def test_a_run_takes_a_mix_too(buckets, tmp_path):
