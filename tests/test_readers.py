@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from elson_nb.corpus import readers, records
 from elson_nb.corpus.consolidation import import_corpus, quarantine_path
+from elson_nb.corpus.fields import as_text
 from elson_nb.corpus.readers import BadSource, Quarantined, Row, read_source
 from elson_nb.corpus.records import (
     FIELDS,
     BadRecord,
-    as_text,
     atomic_text,
     make_record,
     read_jsonl,

@@ -6,7 +6,7 @@
 __all__ = ['Rows', 'BadSource', 'Row', 'Quarantined', 'as_shown', 'Whole', 'Source', 'find_sources', 'check_fields', 'read_rows',
            'read_source']
 
-# %% ../../nbs/1_corpus/01_readers.ipynb #f038c08a
+# %% ../../nbs/1_corpus/01_readers.ipynb #7d7f2f89
 import csv
 import json
 import re
@@ -19,22 +19,19 @@ import orjson
 import pyarrow.parquet as pq
 from pyarrow import ArrowException
 
-from elson_nb.corpus.records import (
+from elson_nb.corpus.fields import (
     ALIASES,
-    FIELDS,
-    BadRecord,
     along,
     as_text,
     at_path,
     fields_by_name,
     fields_by_turns,
-    is_whole,
-    make_record,
     nearest,
     paths_in,
     small_fields,
     split_path,
 )
+from .records import FIELDS, BadRecord, is_whole, make_record
 
 # %% ../../nbs/1_corpus/01_readers.ipynb #a5af2102
 class BadSource(ValueError):
