@@ -6,7 +6,7 @@
 __all__ = ['SHARES', 'GLOSSARY', 'PARAPHRASED', 'SCALED', 'MERGE_REPORT', 'apportion', 'stream', 'paraphrases', 'scaled',
            'read_mix', 'build_files', 'build_records', 'write_corpus']
 
-# %% ../../nbs/1_corpus/08_synthesis.ipynb #a1c51267
+# %% ../../nbs/1_corpus/08_synthesis.ipynb #e74c255e
 import random
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -15,9 +15,10 @@ from pathlib import Path
 import yaml
 
 from .consolidation import merge
+from .fields import nearest
 from .knowledge import KNOWLEDGE, Domain, Family, KnowledgeError, draw, read_knowledge, worked
 from .questions import asked_in, card_questions, check_problem, family_problem
-from .records import TIERS, atomic_text, json_line, make_record, nearest
+from .records import TIERS, atomic_text, json_line, make_record
 
 # %% ../../nbs/1_corpus/08_synthesis.ipynb #91359a6c
 SHARES = {"easy": 0.35, "medium": 0.38, "hard": 0.20, "extremely_complex": 0.07}
