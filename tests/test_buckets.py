@@ -128,9 +128,7 @@ def test_records_without_a_label_are_classified_and_the_unsure_ones_listed(tmp_p
 
     summary = build_buckets([tmp_path / "plain.jsonl"], tmp_path / "out", classify=classify)
     assert (summary["classified"], summary["low_confidence"]) == (6, 2)
-    listed = [
-        json.loads(line) for line in (tmp_path / "out" / "low_confidence.jsonl").read_text().splitlines()
-    ]
+    listed = list(read_jsonl(tmp_path / "out" / "low_confidence.jsonl"))
     assert {line["instruction"] for line in listed} == {"Question 4?", "Question 5?"}
     assert all("for pensions" in line["because"] and round(line["confidence"], 2) == 0.2 for line in listed)
     index = load_index(tmp_path / "out", list(INDEX_SCHEMA))
