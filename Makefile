@@ -21,11 +21,16 @@ setup: .venv/ready    ## .venv with the locked versions
 sync: setup           ## export notebooks and check that nothing was out of step
 	$(BIN)/python tests/check_sync.py
 
-lab: setup            ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab nbs
+lab: setup            ## JupyterLab on the notebooks, at the explorer of tier mixes
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/explore/tier_mixes.ipynb nbs
 
 bench: setup          ## benchmarks; figures go to benchmarks/results
 	$(BIN)/python benchmarks/plan_and_sample.py
+	$(BIN)/python benchmarks/policies.py
+	$(BIN)/python benchmarks/index_scale.py
+	$(BIN)/python benchmarks/classify_domains.py
+	$(BIN)/python benchmarks/tier_agreement.py
+	$(BIN)/python benchmarks/explorer_latency.py
 	$(BIN)/python benchmarks/audit_scale.py --out benchmarks/results/audit_scale.json
 
 .PHONY: run test setup sync lab bench

@@ -26,7 +26,7 @@ from .taxonomy import Assignment, assign_label
 from .tiers import assign_tier
 from ..store import write_json
 
-# %% ../../nbs/1_corpus/13_buckets.ipynb #6f0f552b
+# %% ../../nbs/1_corpus/13_buckets.ipynb #61c5b0e9
 INDEX_SCHEMA = {
     "id": pl.String,
     "domain": pl.Categorical,
@@ -36,7 +36,7 @@ INDEX_SCHEMA = {
     "n_tokens": pl.Int32,
     "offset": pl.Int64,
     "parent": pl.String,
-    "confidence": pl.Float32,
+    "confidence": pl.Float64,
     "domain_because": pl.Categorical,
     "tier_because": pl.Categorical,
 }
@@ -154,7 +154,7 @@ def by_classifier(
 
     return default_classifier(say).classify(records)
 
-# %% ../../nbs/1_corpus/13_buckets.ipynb #0585e1c2
+# %% ../../nbs/1_corpus/13_buckets.ipynb #a6d4edff
 def unsure(index: pl.DataFrame, table: pl.DataFrame) -> list[dict]:
     "Records that no label places and the classifier is not sure of, with its best guess."
     low = index.filter(pl.col("domain_because").cast(pl.String).str.starts_with("low confidence"))
