@@ -235,7 +235,7 @@ def _takes(names: list[str], given: np.ndarray, x: np.ndarray) -> list[Take]:
                 owed = [(asked_tier, left - part), *rest] if left > part else rest
     return takes
 
-# %% ../../nbs/2_curriculum/01_plan.ipynb #f885b304
+# %% ../../nbs/2_curriculum/01_plan.ipynb #f79a4257
 def plan_phase(
     phase: str,  # A, B or C
     config: PhaseConfig,  # mix, cap and weight
@@ -260,7 +260,7 @@ def plan_phase(
     plan.notes = notes + _notes(asked, given.reshape(len(TIERS), len(TIERS), -1), plan.stock, cap)
     if shortfall == "strict" and (notes or given.sum() < target):
         raise ShortfallError(
-            f"phase {phase}: {'; '.join(plan.notes)}; lower the target, change the mix or the cap, "
+            f"phase {phase}: {'; '.join(n.partition('; the phase')[0] for n in plan.notes)}; lower the target, change the mix or the cap, "
             f"or use another policy, e.g. --set curriculum.shortfall=nearest"
         )
     x = spread(given.sum(axis=0), pools.reshape(len(names), -1), np.array(list(weights.values())), cap)
