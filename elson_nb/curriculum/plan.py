@@ -235,7 +235,7 @@ def _takes(names: list[str], given: np.ndarray, x: np.ndarray) -> list[Take]:
                 owed = [(asked_tier, left - part), *rest] if left > part else rest
     return takes
 
-# %% ../../nbs/2_curriculum/01_plan.ipynb #f79a4257
+# %% ../../nbs/2_curriculum/01_plan.ipynb #fc040709
 def plan_phase(
     phase: str,  # A, B or C
     config: PhaseConfig,  # mix, cap and weight
@@ -259,8 +259,9 @@ def plan_phase(
     plan = PhasePlan(phase, target, asked_by_tier, stock, weights)
     plan.notes = notes + _notes(asked, given.reshape(len(TIERS), len(TIERS), -1), plan.stock, cap)
     if shortfall == "strict" and (notes or given.sum() < target):
+        short = "; ".join(note.partition("; the phase")[0] for note in plan.notes)
         raise ShortfallError(
-            f"phase {phase}: {'; '.join(n.partition('; the phase')[0] for n in plan.notes)}; lower the target, change the mix or the cap, "
+            f"phase {phase}: {short}; lower the target, change the mix or the cap, "
             f"or use another policy, e.g. --set curriculum.shortfall=nearest"
         )
     x = spread(given.sum(axis=0), pools.reshape(len(names), -1), np.array(list(weights.values())), cap)
