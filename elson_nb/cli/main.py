@@ -65,7 +65,7 @@ def root(
 ) -> None:
     "From finance questions and answers to a domain expert model that another person can check."
 
-# %% ../../nbs/9_cli/01_main.ipynb #fdfda22e
+# %% ../../nbs/9_cli/01_main.ipynb #713f543f
 @app.command()
 def sample(
     buckets: Annotated[Path, typer.Option("--buckets", help="Folder made by `elson buckets build`.")] = Path(
@@ -92,7 +92,9 @@ def sample(
         str | None,
         typer.Option("--reuse", help="Records of an earlier phase: prefer-unseen, allow or forbid."),
     ] = None,
-    recipe: RecipeName = "laptop",
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="Whose phases are drawn; h100 has the reference curriculum.")
+    ] = "h100",
     mix: MixFile = None,
     settings: Settings = None,
     as_json: AsJson = False,

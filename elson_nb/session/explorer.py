@@ -105,9 +105,7 @@ def as_recipe(state: MixState, base: Recipe) -> Recipe:
         for name, phase in base.phases.items()
     }
     chosen = {key: getattr(state, key) for key in ("seed", "shortfall", "reuse")}
-    return replace(
-        base, phases=phases, curriculum=replace(base.curriculum, target_records=total, **chosen)
-    )
+    return replace(base, phases=phases, curriculum=replace(base.curriculum, target_records=total, **chosen))
 
 # %% ../../nbs/6_session/12_explorer.ipynb #6944a1ae
 @dataclass(frozen=True)
@@ -190,7 +188,10 @@ def in_words(plan: PhasePlan) -> list[str]:
 
 def is_short(plan: PhasePlan) -> bool:
     "Whether some tier is not filled with its own records, each taken once."
-    own = {t: sum(k.count for k in plan.takes if k.tier == k.asked_tier == t and k.pool != "repeat") for t in TIERS}
+    own = {
+        t: sum(k.count for k in plan.takes if k.tier == k.asked_tier == t and k.pool != "repeat")
+        for t in TIERS
+    }
     return own != plan.asked
 
 # %% ../../nbs/6_session/12_explorer.ipynb #f0f5976c

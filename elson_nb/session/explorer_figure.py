@@ -88,7 +88,8 @@ def cell_boxes(blocks: list[list[Line]]) -> dict[str, dict[tuple[str, str], Box]
 # %% ../../nbs/6_session/13_explorer_figure.ipynb #8e4a6d80
 INK, PALE, RULE, EMPTY, SHORT, DOT = "#24292f", "#6e7781", "#d8dee4", "#f3f4f6", "#d94801", 3.4
 COUNTS, STOCK = (
-    LinearSegmentedColormap.from_list(name, colormaps[name](np.linspace(0.12, 0.95, 64))) for name in ("Blues", "Greens")
+    LinearSegmentedColormap.from_list(name, colormaps[name](np.linspace(0.12, 0.95, 64)))
+    for name in ("Blues", "Greens")
 )  # without their lightest part, so that few is not none
 SHORT_NAMES = dict(zip(TIERS, ("easy", "medium", "hard", "extreme")))
 
@@ -104,13 +105,36 @@ def _block_texts(axes: Axes, blocks: list[list[Line]], b: int) -> None:
         _write(axes, left + 2 * cell, 12, panel, 8.4, ha="center")
         for n, tier in enumerate(TIERS):
             x = left + n * cell
-            _write(axes, x + cell / 2, TOP - 8, SHORT_NAMES[tier], 7, ha="center", va="bottom", rotation=90, color=PALE)
-            axes.fill([x, x + cell - 1, x + cell - 1, x], [TOP - 5, TOP - 5, TOP - 2, TOP - 2], color=TIER_COLOURS[tier], lw=0)
+            _write(
+                axes,
+                x + cell / 2,
+                TOP - 8,
+                SHORT_NAMES[tier],
+                7,
+                ha="center",
+                va="bottom",
+                rotation=90,
+                color=PALE,
+            )
+            axes.fill(
+                [x, x + cell - 1, x + cell - 1, x],
+                [TOP - 5, TOP - 5, TOP - 2, TOP - 2],
+                color=TIER_COLOURS[tier],
+                lw=0,
+            )
     right = edges[-1][0] + 4 * edges[-1][1]
     for row, (kind, name) in enumerate(blocks[b]):
         y = TOP + (row + 0.5) * LINE
         if kind == "parent":
-            _write(axes, edges[0][0] - NAMES, y + 1, name.replace("_", " ").upper(), 6.6, weight="bold", color=PALE)
+            _write(
+                axes,
+                edges[0][0] - NAMES,
+                y + 1,
+                name.replace("_", " ").upper(),
+                6.6,
+                weight="bold",
+                color=PALE,
+            )
             axes.plot([edges[0][0] - NAMES, right - 1], [TOP + (row + 1) * LINE - 1] * 2, color=RULE, lw=0.6)
         else:
             title = known[name].title.replace(" and ", " & ") if name in known else name
@@ -118,7 +142,12 @@ def _block_texts(axes: Axes, blocks: list[list[Line]], b: int) -> None:
 
 
 def _ramp(axes: Axes, x: float, y: float, colours, width: int = 120) -> None:
-    axes.imshow(colours(np.linspace(0, 1, width))[None], extent=(x, x + width, y + 5, y - 5), aspect="auto", interpolation="nearest")
+    axes.imshow(
+        colours(np.linspace(0, 1, width))[None],
+        extent=(x, x + width, y + 5, y - 5),
+        aspect="auto",
+        interpolation="nearest",
+    )
 
 
 def _swatch(axes: Axes, x: float, y: float, colour) -> None:
@@ -165,7 +194,9 @@ def palette_image() -> Pixels.Image:
     scales = [colours(np.linspace(0, 1, 72))[:, :3] for colours in (COUNTS, STOCK)]
     marks = [between(SHORT, paper, 6) for paper in ("white", EMPTY, COUNTS(0.0), COUNTS(0.35), COUNTS(0.7))]
     single = [[to_rgb(colour) for colour in ("white", EMPTY, RULE, *TIER_COLOURS.values())]]
-    colours = np.concatenate([*scales, between(INK, "white", 48), between(PALE, "white", 20), *marks, *single])
+    colours = np.concatenate(
+        [*scales, between(INK, "white", 48), between(PALE, "white", 20), *marks, *single]
+    )
     for exact in (to_rgb("white"), to_rgb(EMPTY)):  # no near miss beside them, or paper would show a veil
         colours[np.abs(colours - exact).max(axis=1) < 9 / 255] = exact
     palette = Pixels.new("P", (1, 1))
@@ -188,7 +219,9 @@ class MixFigure:
         self.axes.axis("off")
         self.axes.set(xlim=(0, WIDTH), ylim=(height, 0))
         counts = np.array([stock.get(cell, 0) for cell in self.boxes["available"]])
-        self._rectangles("available").set_facecolor(shades_of(counts, STOCK, LogNorm(1, max(most, 2), clip=True)))
+        self._rectangles("available").set_facecolor(
+            shades_of(counts, STOCK, LogNorm(1, max(most, 2), clip=True))
+        )
         self.cells = self._rectangles("asked", "achieved", animated=True)
         (self.marks,) = self.axes.plot([], [], "o", color=SHORT, ms=DOT, mew=0, animated=True)
         self.canvas.draw()
@@ -196,7 +229,9 @@ class MixFigure:
         self.palette = palette_image()
 
     def _rectangles(self, *panels: str, **kwargs) -> PolyCollection:
-        corners = [[(x, y), (r, y), (r, b), (x, b)] for panel in panels for x, y, r, b in self.boxes[panel].values()]
+        corners = [
+            [(x, y), (r, y), (r, b), (x, b)] for panel in panels for x, y, r, b in self.boxes[panel].values()
+        ]
         cells = PolyCollection(np.array(corners, float), linewidths=0, antialiaseds=False, **kwargs)
         self.axes.add_collection(cells, autolim=False)
         return cells
@@ -222,7 +257,9 @@ class MixFigure:
     def png(self) -> bytes:
         "What is drawn, in the 256 colours of the palette."
         data = io.BytesIO()
-        self._pixels().quantize(palette=self.palette, dither=Pixels.Dither.NONE).save(data, "PNG", compress_level=1)
+        self._pixels().quantize(palette=self.palette, dither=Pixels.Dither.NONE).save(
+            data, "PNG", compress_level=1
+        )
         return data.getvalue()
 
 

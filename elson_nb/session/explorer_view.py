@@ -114,7 +114,9 @@ def forecast_html(rows: list[dict], phase: str, counted: str) -> str:
         if row["too_long"]:
             note += f"; it would leave out {row['too_long']:,} records that are over its max_length"
         notes.append(plain(note))
-    notes.append(f"Tokens: {plain(counted)}, the mean of each domain and tier; padding and evaluation come on top.")
+    notes.append(
+        f"Tokens: {plain(counted)}, the mean of each domain and tier; padding and evaluation come on top."
+    )
     head = "".join(f"<th>{plain(h)}</th>" for h in heads)
     return block("cost", f'<table><tr>{head}</tr>{lines}</table><div class="note">{"<br>".join(notes)}</div>')
 
@@ -215,7 +217,10 @@ class Explorer:
         self.shelves, self.base, self.folder = shelves, base, Path(folder)
         self.default, self.state = first_state(base, shelves), state
         self.recipes = {name: load_recipe(name) for name in FORECAST_RECIPES}
-        usual = replace(self.default, shortfall="nearest" if base.curriculum.shortfall == "strict" else self.default.shortfall)
+        usual = replace(
+            self.default,
+            shortfall="nearest" if base.curriculum.shortfall == "strict" else self.default.shortfall,
+        )
         self.recipe = as_recipe(usual, base)
         self.plans = self.default_plans = plans_of(self.recipe, shelves)
         self.figure = MixFigure(shelves.stock)
@@ -232,20 +237,35 @@ class Explorer:
         self.target, self.cap, self.seed = _number("records"), _number("cap, %"), _number("seed")
         self.shortfall = _choice("shortfall", SHORTFALLS, SHORTFALL_WORDS)
         self.reuse = _choice("reuse", REUSES, REUSE_WORDS)
-        self.reset = w.Button(description="Back to the default mix", layout={"width": "180px", "margin": "10px 0 0 132px"})
+        self.reset = w.Button(
+            description="Back to the default mix", layout={"width": "180px", "margin": "10px 0 0 132px"}
+        )
         self.image = w.Image(format="png", layout={"width": "100%", "max_width": f"{WIDTH + 18}px"})
         self.table, self.words, self.cost = w.HTML(), w.HTML(), w.HTML()
         self.name = w.Text(value="my_mix.yaml", description="file", style=WIDE, layout={"width": "330px"})
         self.save = w.Button(description="Save mix", button_style="primary")
         self.copy = w.Button(description="Copy command")
         self.saved, self.command, self.copied = w.HTML(), w.HTML(), w.Output()
-        self.bundle, self.samples = w.Output(layout={"height": "0", "margin": "0", "overflow": "hidden"}), w.Output()
-        self.bundle.outputs = _html_output({"text/html": generate_init_offline_itables_html(itables_options.dt_bundle)})
+        self.bundle, self.samples = (
+            w.Output(layout={"height": "0", "margin": "0", "overflow": "hidden"}),
+            w.Output(),
+        )
+        self.bundle.outputs = _html_output(
+            {"text/html": generate_init_offline_itables_html(itables_options.dt_bundle)}
+        )
 
     def _lay_out(self) -> None:
         self.this_phase = _head("")
         mix = w.VBox([self.this_phase, *self.sliders.values(), self.reset])
-        drawing = [_head("This phase"), self.target, self.cap, _head("The whole cycle"), self.seed, self.shortfall, self.reuse]
+        drawing = [
+            _head("This phase"),
+            self.target,
+            self.cap,
+            _head("The whole cycle"),
+            self.seed,
+            self.shortfall,
+            self.reuse,
+        ]
         top = w.HBox([mix, self.table, w.VBox(drawing)], layout=_apart("8px 0"))
         buttons = w.HBox([self.name, self.save, self.copy])
         keep = [_head("Keep this mix"), buttons, self.saved, self.command, self.copied]
@@ -268,7 +288,9 @@ class Explorer:
         for box, part in ((self.seed, "seed"), (self.shortfall, "shortfall"), (self.reuse, "reuse")):
             box.observe(lambda change, part=part: self._chose(part, change["new"]), "value")
         self.phase.observe(lambda _: self._react(self.state), "value")
-        self.reset.on_click(lambda _: self._react(self.state.with_mix(self.phase.value, self.default.mixes[self.phase.value])))
+        self.reset.on_click(
+            lambda _: self._react(self.state.with_mix(self.phase.value, self.default.mixes[self.phase.value]))
+        )
         self.name.observe(lambda _: self._show_command(), "value")
         self.save.on_click(lambda _: self._keep())
         self.copy.on_click(lambda _: self._copy())
@@ -310,16 +332,27 @@ class Explorer:
         self.quiet = True
         for tier, slider in self.sliders.items():
             slider.value = state.mixes[phase][tier]
-        self.target.value, self.cap.value, self.seed.value = state.targets[phase], state.caps[phase], state.seed
+        self.target.value, self.cap.value, self.seed.value = (
+            state.targets[phase],
+            state.caps[phase],
+            state.seed,
+        )
         self.shortfall.value, self.reuse.value = state.shortfall, state.reuse
         self.quiet = False
-        self.this_phase.value = block("head", f"Mix of phase {phase}, percent (sum {sum(state.mixes[phase].values())})")
+        self.this_phase.value = block(
+            "head", f"Mix of phase {phase}, percent (sum {sum(state.mixes[phase].values())})"
+        )
 
     def _show_words(self, error: Exception | None) -> None:
         plan = self.plans[self.phase.value]
         if error is not None:
-            said = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
-            lines = [said, "The figure and the numbers below are those of the last mix that could be planned."]
+            said = (
+                str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+            )
+            lines = [
+                said,
+                "The figure and the numbers below are those of the last mix that could be planned.",
+            ]
             self.words.value = words_html(lines, "error")
         else:
             self.words.value = words_html(in_words(plan), "short" if is_short(plan) else "")
@@ -350,7 +383,9 @@ class Explorer:
 
     def _keep(self) -> None:
         try:
-            self.saved.value = words_html([keep_mix(as_recipe(self.state, self.base), self.name.value, self.folder)])
+            self.saved.value = words_html(
+                [keep_mix(as_recipe(self.state, self.base), self.name.value, self.folder)]
+            )
         except Exception as error:
             self.saved.value = words_html([str(error)], "error")
 
