@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['INDEX_SCHEMA', 'FOR_PLANNING', 'Classify', 'Retier', 'BucketError', 'read_sources', 'read_all', 'assign_domains',
            'assign_tiers', 'bucket_path', 'count_all', 'write_buckets', 'by_classifier', 'unsure', 'build_buckets',
-           'load_index', 'bucket_line', 'read_lines', 'read_records', 'stock_table']
+           'load_index', 'bucket_line', 'lines_at', 'read_lines', 'read_records', 'stock_table']
 
-# %% ../../nbs/1_corpus/13_buckets.ipynb #d33f0805
+# %% ../../nbs/1_corpus/13_buckets.ipynb #a88a19c4
 import json
+import mmap
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
 
@@ -100,7 +101,7 @@ def assign_tiers(table: pl.DataFrame) -> list[Assignment]:
     given = enumerate(table["difficulty"].to_list())
     return [own[tier] if tier else assign_tier(Records(table)[n]) for n, tier in given]
 
-# %% ../../nbs/1_corpus/13_buckets.ipynb #53eb2d55
+# %% ../../nbs/1_corpus/13_buckets.ipynb #d5e31674
 def bucket_path(folder: Path, domain: str, tier: str) -> Path:
     return Path(folder) / "domain_buckets" / domain / f"{tier}.jsonl"
 
@@ -136,12 +137,13 @@ def write_buckets(
     placed = placed.sort("domain", "tier", "id")
     lines = lines_of(placed) + "\n"
     size = lines.str.len_bytes().cast(pl.Int64)
-    placed = placed.with_columns(size.alias("size"), line=lines)
+    placed = placed.with_columns(size=size)
     placed = placed.with_columns(offset=(pl.col("size").cum_sum() - pl.col("size")).over("domain", "tier"))
-    for (domain, tier), cell in placed.group_by("domain", "tier", maintain_order=True):
+    text = iter(lines.to_list())
+    for domain, tier, count in placed.group_by("domain", "tier", maintain_order=True).len().iter_rows():
         path = bucket_path(folder, domain, tier)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes("".join(cell["line"].to_list()).encode())
+        path.write_bytes("".join(islice(text, count)).encode())
     return placed.select(pl.col(name).cast(kind) for name, kind in INDEX_SCHEMA.items())
 
 # %% ../../nbs/1_corpus/13_buckets.ipynb #d17e4400
@@ -226,13 +228,24 @@ def load_index(
         raise BucketError(f"{path} lists no records; build the buckets from a corpus that has some")
     return index
 
-# %% ../../nbs/1_corpus/13_buckets.ipynb #004398ea
+# %% ../../nbs/1_corpus/13_buckets.ipynb #5449aa6b
 def bucket_line(path: Path, offset: int, line: bytes) -> dict:
     "One line of a bucket file; a damaged one is a `BucketError`."
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError:
         raise BucketError(f"{path} is damaged at byte {offset}; build the buckets again") from None
+
+
+def lines_at(path: Path, cell: Iterable[tuple]) -> Iterator[tuple]:  # domain, tier, offset, id; and the line
+    "The lines of a bucket file that begin at the offsets of some rows."
+    with open(path, "rb") as file:
+        if not path.stat().st_size:  # nothing to map
+            yield from ((*row, b"") for row in cell)
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
+            for row in cell:
+                yield *row, held[row[2] : held.find(b"\n", row[2]) + 1]
 
 
 def read_lines(folder: Path, rows: pl.DataFrame) -> list[bytes]:
@@ -244,14 +257,12 @@ def read_lines(folder: Path, rows: pl.DataFrame) -> list[bytes]:
         path = bucket_path(folder, domain, tier)
         if not path.is_file():
             raise BucketError(f"{path} is missing, though the index lists it; build the buckets again")
-        with open(path, "rb") as file:
-            for *_, offset, record_id in cell:
-                file.seek(offset)
-                found[record_id] = line = file.readline()
-                if bucket_line(path, offset, line).get("id") != record_id:
-                    raise BucketError(
-                        f"{path} does not match its index at byte {offset}; build the buckets again"
-                    )
+        for *_, offset, record_id, line in lines_at(path, cell):
+            if bucket_line(path, offset, line).get("id") != record_id:
+                raise BucketError(
+                    f"{path} does not match its index at byte {offset}; build the buckets again"
+                )
+            found[record_id] = line
     return [found[i] for i in rows["id"]]
 
 
