@@ -166,6 +166,21 @@ def test_repeat_gives_every_tier_that_has_a_record_at_all(stock, config, target)
             assert max(times) <= -(-target // min(n for n in in_stock.values() if n)) + 1
 
 
+def test_no_record_is_repeated_more_often_than_another_needs():
+    "Twelve records for twenty-four: each comes twice, however few its domain has."
+    stock = {(DOMAINS[0], "easy"): 2, (DOMAINS[1], "easy"): 10}
+    plan = plan_phase("A", PhaseConfig("one tier", {"easy": 1.0}, 1.0), 24, stock, None, "repeat")
+    assert plan.cells() == {cell: 2 * n for cell, n in stock.items()}
+    rows = draw(make_index(stock), PhaseConfig("one tier", {"easy": 1.0}, 1.0), 24, shortfall="repeat").rows
+    assert set(Counter(rows["id"]).values()) == {2}
+
+
+def test_the_harder_neighbour_fills_a_shortfall_before_the_easier():
+    stock = {(DOMAINS[0], t): 20 for t in ("easy", "hard")} | {(DOMAINS[0], "medium"): 4}
+    plan = plan_phase("A", PhaseConfig("one tier", {"medium": 1.0}, 1.0), 30, stock)
+    assert plan.achieved == {"easy": 6, "medium": 4, "hard": 20, "extremely_complex": 0}
+
+
 @over(stocks(60), UNCAPPED, st.integers(2, 120))
 def test_a_cell_does_not_shrink_when_more_is_asked_for(stock, config, target):
     "But for one record of rounding, where the mix can be met at both targets and no cap binds."
@@ -191,9 +206,10 @@ def test_weight_is_the_ratio_of_records_when_there_is_plenty():
     assert {plan.domains()[d] for d in set(DOMAINS) - HIGH_RISK} == {20}
 
 
-def draw(index, config, target, seed=7, order="shuffled", max_length=None):
+def draw(index, config, target, seed=7, order="shuffled", max_length=None, shortfall="nearest"):
     phases = {"B": replace(config, order=order)}
-    return sample_phases(index, phases, "B", CurriculumConfig(target, seed=seed), max_length)["B"]
+    curriculum = CurriculumConfig(target, seed=seed, shortfall=shortfall)
+    return sample_phases(index, phases, "B", curriculum, max_length)["B"]
 
 
 @over(stocks(), configs(), st.integers(1, 40), st.sampled_from(["shuffled", "blocks"]), st.integers(0, 99))
