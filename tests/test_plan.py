@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from elson_nb.corpus.shares import apportion
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,7 @@ from elson_nb.corpus.records import read_jsonl
 from elson_nb.corpus.taxonomy import high_risk_domains, load_taxonomy
 from elson_nb.curriculum.plan import ShortfallError, domain_cap, plan_cycle, plan_phase
 from elson_nb.curriculum.queues import hold_out, rest_of
-from elson_nb.curriculum.quotas import apportion, within_reach
+from elson_nb.curriculum.quotas import within_reach
 from elson_nb.curriculum.sampling import SampleError, sample_phases, well_mixed, write_samples
 from elson_nb.recipes import (
     PHASES,

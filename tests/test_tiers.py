@@ -13,14 +13,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from question_maker import make_records
 from scipy.special import expit
 from transformers import AutoModelForCausalLM
 
 from elson_nb.corpus import tiers
 from elson_nb.corpus.records import TIERS
+from elson_nb.corpus.shares import apportion
 from elson_nb.corpus.synthesis import build_records
 from elson_nb.corpus.tiers import FEATURES, THRESHOLDS, assign_tier, tier_features, tier_probabilities
-from elson_nb.curriculum.quotas import apportion
 from elson_nb.recipes import PROMPT_TEMPLATE, load_recipe
 from elson_nb.training import difficulty
 from elson_nb.training.base import load_tokenizer, make_random_base
@@ -212,19 +213,6 @@ def test_the_fitted_rule_agrees_better_than_the_one_before(benchmark, corpus):
 
 
 # the loss of the base model
-
-
-def make_records(count: int) -> list[dict]:
-    "Records of very different lengths, each one's text its own."
-    return [
-        {
-            "id": f"r{n:02}",
-            "instruction": f"What is {n} percent of {n * 37}?",
-            "input": "Round down." if n % 3 == 0 else "",
-            "output": f"It is {n * n * 37 / 100:.2f}." + " Divide by a hundred." * (n * 5 % 4),
-        }
-        for n in range(count)
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -419,7 +407,7 @@ def test_a_loss_that_is_no_number_stops_and_is_not_kept(model, tokenizer, tmp_pa
     with torch.no_grad():
         model.lm_head.weight.fill_(math.nan)
     cache = tmp_path / "losses.jsonl"
-    with pytest.raises(DifficultyError, match="loss of record r0. is nan; set model.dtype"):
+    with pytest.raises(DifficultyError, match="loss of record r00. is nan; set model.dtype"):
         answer_losses(make_records(2), model, tokenizer, cache=cache)
     assert len(cache.read_text().splitlines()) == 1 and mark not in cache.read_text()
 

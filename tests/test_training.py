@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from question_maker import make_records
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from elson_nb.recipes import load_recipe
@@ -23,19 +24,6 @@ SETTINGS = (
     "training.seed=42",
     "training.threads=1",
 )  # matrices this small are slower on two threads, much so on a busy machine
-
-
-def make_records(count: int, start: int = 0) -> list[dict]:
-    "Records of very different lengths, each one's text its own."
-    return [
-        {
-            "id": f"r{n:03}",
-            "instruction": f"What is {n} percent of {n * 37}?",
-            "input": "Round down." if n % 3 == 0 else "",
-            "output": f"It is {n * n * 37 / 100:.2f}." + " Divide by a hundred." * (n * 5 % 4),
-        }
-        for n in range(start, start + count)
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -156,7 +156,7 @@ def by_classifier(
 
     return default_classifier(say).classify(records)
 
-# %% ../../nbs/1_corpus/13_buckets.ipynb #a6d4edff
+# %% ../../nbs/1_corpus/13_buckets.ipynb #fab874f6
 def unsure(index: pl.DataFrame, table: pl.DataFrame) -> list[dict]:
     "Records that no label places and the classifier is not sure of, with its best guess."
     low = index.filter(pl.col("domain_because").cast(pl.String).str.starts_with("low confidence"))
@@ -195,7 +195,9 @@ def build_buckets(
     summary = {
         "records": table.height,
         "set_aside": len(aside),
-        "classified": sum(not a.because[-1:] or not a.because[-1].endswith(" label") for a in domains),
+        "classified": sum(
+            assign_label(*labels) is None for labels in table.select("domain", "category").rows()
+        ),
         "low_confidence": len(low),
         "domains": index["domain"].n_unique(),
         "files": index.select("domain", "tier").n_unique(),
@@ -228,7 +230,7 @@ def load_index(
         raise BucketError(f"{path} lists no records; build the buckets from a corpus that has some")
     return index
 
-# %% ../../nbs/1_corpus/13_buckets.ipynb #5449aa6b
+# %% ../../nbs/1_corpus/13_buckets.ipynb #14afbaff
 def bucket_line(path: Path, offset: int, line: bytes) -> dict:
     "One line of a bucket file; a damaged one is a `BucketError`."
     try:

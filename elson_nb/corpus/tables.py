@@ -62,7 +62,7 @@ class Records(Sequence):
         for row in self.table.iter_rows(named=True):
             yield row | {"meta": json.loads(row["meta"])}
 
-# %% ../../nbs/1_corpus/01a_tables.ipynb #eb791d5c
+# %% ../../nbs/1_corpus/01a_tables.ipynb #2b6de5b8
 def _lines(source: Source) -> list[bytes]:
     "The lines that hold a record each; none for a file that is made otherwise."
     if source.kind not in ("json", "jsonl"):
@@ -88,9 +88,8 @@ def ids_are_true(table: pl.DataFrame) -> bool:
     contents = table.select(texts.str.replace_all("\n", " ", literal=True))[:, 0]
     pairs = zip(table["id"].to_list(), contents.to_list())
     odd = [n for n, (given, content) in enumerate(pairs) if given != content_hash(content)]
-    rest = table[odd].select(
-        "id", "instruction", "input", "output"
-    )  # with blanks in a row, or letters to compose
+    # what is left has blanks in a row, or letters to compose
+    rest = table[odd].select("id", "instruction", "input", "output")
     return asked and all(is_normal(*row) for row in rest.iter_rows())
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import polars as pl
 
 from ..corpus.records import TIERS
+from ..corpus.shares import apportion
 from ..corpus.taxonomy import high_risk_domains
-from .quotas import answer, apportion, spread
+from .quotas import answer, spread
 from ..recipes import CurriculumConfig, PhaseConfig
 
 # %% ../../nbs/2_curriculum/01_plan.ipynb #4cb9e1ba

@@ -22,9 +22,9 @@ import polars as pl
 
 from ..corpus.buckets import build_buckets, load_index, read_records
 from ..corpus.records import TIERS
+from ..corpus.shares import apportion
 from ..corpus.synthesis import write_corpus
 from ..curriculum.plan import PhasePlan, Stock, plan_cycle, stock_of
-from ..curriculum.quotas import apportion
 from ..curriculum.sampling import sample_phases
 from ..recipes import Recipe, check, load_recipe, read_mix, save_mix
 from .data import forecast

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from ..corpus.records import TIERS, json_line
+from ..corpus.shares import apportion
 from ..corpus.taxonomy import Assignment
-from ..curriculum.quotas import apportion
 from ..recipes import PROMPT_TEMPLATE, Recipe
 from .base import load_base
 from .batches import Example, count_tokens, encode, example_losses, length_batches
