@@ -32,5 +32,9 @@ bench: setup          ## benchmarks; figures go to benchmarks/results
 	$(BIN)/python benchmarks/tier_agreement.py
 	$(BIN)/python benchmarks/explorer_latency.py
 	$(BIN)/python benchmarks/audit_scale.py --out benchmarks/results/audit_scale.json
+	$(BIN)/python benchmarks/dora_exact.py --out benchmarks/results/dora_exact.json
+	$(BIN)/python benchmarks/dora_speed.py --out benchmarks/results/dora_speed.json
+	$(BIN)/python benchmarks/phase_speed.py --out benchmarks/results/phase_speed.json
+	$(BIN)/python benchmarks/kill_and_resume.py --out benchmarks/results/kill_and_resume.json
 
 .PHONY: run test setup sync lab bench

@@ -6,7 +6,7 @@
 __all__ = ['app', 'release_app', 'RecipeName', 'Settings', 'MixFile', 'Run', 'version_callback', 'root', 'sample', 'check_phase',
            'doctor', 'resumed', 'run', 'new_run', 'finish', 'report', 'release_merge', 'main']
 
-# %% ../../nbs/9_cli/01_main.ipynb #b9f4b002
+# %% ../../nbs/9_cli/01_main.ipynb #7f4e1d65
 import dataclasses
 import webbrowser
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .ablate import ablate, given_sources
 from .corpus import AsJson, Quiet, buckets_app, corpus_app
 from ..recipes import Recipe, load_recipe, read_mix
 from elson_nb.session.terminal import (
@@ -152,7 +153,7 @@ def doctor(
         if not all(f.ok for f in findings):
             raise typer.Exit(1)
 
-# %% ../../nbs/9_cli/01_main.ipynb #e0b9b81b
+# %% ../../nbs/9_cli/01_main.ipynb #90bf0681
 def resumed(run: Path, recipe: str | None, mix: Path | None, settings: list[str] | None, corpus: list[Path]):
     "The ledger of a run to go on with; its recipe is its own."
     from elson_nb.session.ledger import Ledger
@@ -160,11 +161,11 @@ def resumed(run: Path, recipe: str | None, mix: Path | None, settings: list[str]
     if recipe or mix or settings or corpus:
         raise ValueError(
             "--resume goes on with the run's own recipe and corpus; "
-            "leave --recipe, --mix, --corpus and --set away"
+            "leave --recipe, --mix, --corpus, --schedule and --set away"
         )
     return Ledger.open(run)
 
-# %% ../../nbs/9_cli/01_main.ipynb #6cc93d1b
+# %% ../../nbs/9_cli/01_main.ipynb #47233012
 @app.command()
 def run(
     more: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,
@@ -185,6 +186,13 @@ def run(
     ] = False,
     resume: Annotated[Path | None, typer.Option("--resume", help="Go on with this run folder.")] = None,
     runs_dir: Annotated[Path, typer.Option("--runs-dir", help="Where run folders are kept.")] = Path("runs"),
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            "--schedule",
+            help="Order of the records: curriculum, flat, shuffled, reversed or replay.",
+        ),
+    ] = None,
     mix: MixFile = None,
     settings: Settings = None,
     quiet: Quiet = False,
@@ -193,16 +201,12 @@ def run(
     "Run the session: 0_data → A → B → C → D, each step an executed notebook in the run folder."
     with plain_errors():
         check_phase(phase)
-        if more and not corpus:
-            raise ValueError(f"what is '{more[0]}'? A corpus is given with --corpus")
-        sources = [*(corpus or []), *(more or [])]
-        for source in sources:
-            if not source.exists():
-                raise ValueError(f"no such corpus: {source}; check the path given to --corpus")
+        sources = given_sources(corpus, more)
+        settings = [*(settings or []), *([f"curriculum.schedule={schedule}"] if schedule is not None else [])]
         if dry:
             from elson_nb.session.doctor import dry_run, run_doctor
 
-            chosen = load_recipe(recipe or "laptop", settings or [], mix)
+            chosen = load_recipe(recipe or "laptop", settings, mix)
             plan = dry_run(chosen, sources)
             missing = [f for f in run_doctor(chosen) if not f.ok and f.check != "buckets"]
             plan["missing"] = [f"{f.check}: {f.found}; {f.mend}" for f in missing]
@@ -216,11 +220,14 @@ def run(
         ledger = (
             resumed(resume, recipe, mix, settings, sources)
             if resume
-            else new_run(load_recipe(recipe or "laptop", settings or [], mix), sources, runs_dir)
+            else new_run(load_recipe(recipe or "laptop", settings, mix), sources, runs_dir)
         )
         finish(ledger, phase, quiet, as_json)
 
-# %% ../../nbs/9_cli/01_main.ipynb #3c4356cc
+# %% ../../nbs/9_cli/01_main.ipynb #4e43358d
+app.command()(ablate)
+
+
 def new_run(recipe: Recipe, corpus: list[Path], runs_dir: Path):
     from elson_nb.session.ledger import Ledger
 

@@ -18,7 +18,7 @@ from ..recipes import Recipe
 from ..store import write_json
 from ..training.base import load_base
 from ..training.batches import format_prompt
-from ..training.phase import attach_adapter
+from ..training.adapter import attach_adapter
 
 # %% ../../nbs/5_release/00_merge.ipynb #71e328a1
 class ReleaseError(RuntimeError):

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['Finding', 'check_code', 'check_buckets', 'check_sampler', 'check_gpu', 'check_disk', 'check_memory', 'locate',
-           'check_base', 'check_quantisation', 'check_cloud', 'run_doctor', 'dry_run']
+           'check_base', 'check_quantisation', 'check_cloud', 'run_doctor', 'draw_cycle', 'mend_memory', 'dry_run']
 
-# %% ../../nbs/6_session/09_doctor.ipynb #a5db6600
+# %% ../../nbs/6_session/09_doctor.ipynb #78172c53
 import importlib.util
 import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -22,13 +24,15 @@ from ..corpus.records import TIERS, estimate_tokens
 from ..corpus.synthesis import write_corpus
 from ..curriculum.plan import plan_phase
 from ..curriculum.queues import hold_out, rest_of
-from ..curriculum.sampling import sample_phases
+from ..curriculum.sampling import PhaseSample, sample_phases
+from ..curriculum.schedules import arrange
 from ..recipes import PHASES, Recipe, reference_phases
-from .data import forecast
+from .data import forecast, phase_loads
 from .ledger import git_commit
 from ..store import StoreError
 from ..training.base import load_tokenizer, locate_base
 from ..training.batches import count_tokens
+from ..training.forecast import Load, device, roof_here, shape_of, tokens_that_fit
 
 # %% ../../nbs/6_session/09_doctor.ipynb #f1a3246b
 @dataclass(frozen=True)
@@ -196,33 +200,51 @@ def run_doctor(recipe: Recipe, buckets: Path | None = None, folder: Path = Path(
         check_cloud(recipe),
     ]
 
-# %% ../../nbs/6_session/09_doctor.ipynb #b8bfd04c
+# %% ../../nbs/6_session/09_doctor.ipynb #4746f36d
+def draw_cycle(
+    recipe: Recipe,
+    corpus: list[Path],  # none = it is generated
+    work: Path,  # a folder for what is written on the way
+    count: Callable[[dict], int],  # tokens of a record
+) -> tuple[dict, dict[str, PhaseSample], dict[str, Load]]:
+    "What the buckets hold, the phases' samples, and what each phase puts through the model."
+    sources, config, limit = list(corpus), recipe.curriculum, recipe.training.max_length
+    if not sources:
+        write_corpus(work / "corpus", config.seed, config.corpus_scale, domains=config.corpus_domains)
+        sources = [work / "corpus"]
+    summary = build_buckets(sources, work / "buckets", count)
+    index = load_index(work / "buckets")
+    usable = index.filter(pl.col("n_tokens") <= limit)
+    held = hold_out(usable, config.held_out_records, config.seed)
+    drawn = sample_phases(rest_of(index, held), recipe.phases, "all", config, limit)
+    samples = arrange(drawn, config, recipe.training.num_train_epochs)
+    facts = {"buckets": summary, "held_out": held.height, "too_long": index.height - usable.height}
+    return facts, samples, phase_loads(recipe, samples, work / "buckets", count)
+
+# %% ../../nbs/6_session/09_doctor.ipynb #7126a430
+def mend_memory(recipe: Recipe, worst: dict) -> str:
+    "What to set where a phase's forecast is over the recipe's memory; empty where it is not."
+    limit = recipe.budget.memory_gb
+    if worst["memory_gb"] <= limit:
+        return ""
+    fits = tokens_that_fit(recipe, shape_of(recipe), worst["row_tokens"], limit)
+    if fits >= worst["row_tokens"]:
+        return f"set training.tokens_per_micro_batch={fits}, or raise budget.memory_gb"
+    if not recipe.training.gradient_checkpointing:
+        return "set training.gradient_checkpointing=true, or raise budget.memory_gb"
+    return "take a smaller base or rank, or raise budget.memory_gb"
+
+# %% ../../nbs/6_session/09_doctor.ipynb #fc7dea4c
 def dry_run(recipe: Recipe, corpus: list[Path]) -> dict:
-    "Records, tokens, steps, minutes and dollars of each phase. Trains nothing, keeps nothing."
-    base = locate(recipe)
-    count = estimate_tokens
+    "Records, tokens, steps, memory, minutes and dollars of each phase. Trains nothing, keeps nothing."
+    base, count = locate(recipe), estimate_tokens
     if base:
-        tokenizer = load_tokenizer(base)
-        count = lambda record: count_tokens(record, tokenizer, recipe.training.prompt_template)
+        count = partial(
+            count_tokens, tokenizer=load_tokenizer(base), template=recipe.training.prompt_template
+        )
     with tempfile.TemporaryDirectory() as work:
-        sources = list(corpus)
-        if not sources:
-            config = recipe.curriculum
-            write_corpus(
-                Path(work) / "corpus", config.seed, config.corpus_scale, domains=config.corpus_domains
-            )
-            sources = [Path(work) / "corpus"]
-        summary = build_buckets(sources, Path(work) / "buckets", count)
-        index = load_index(Path(work) / "buckets")
-    usable = index.filter(pl.col("n_tokens") <= recipe.training.max_length)
-    held = hold_out(usable, recipe.curriculum.held_out_records, recipe.curriculum.seed)
-    samples = sample_phases(
-        rest_of(index, held),
-        recipe.phases,
-        "all",
-        recipe.curriculum,
-        recipe.training.max_length,
-    )
+        facts, samples, loads = draw_cycle(recipe, corpus, Path(work), count)
+    costs = forecast(recipe, loads, roof_here(recipe))
     phases = {
         p: {
             "records": s.rows.height,
@@ -230,15 +252,14 @@ def dry_run(recipe: Recipe, corpus: list[Path]) -> dict:
             "domains": len(s.plan.domains()),
             "tiers": s.plan.achieved,
             "notes": s.plan.notes,
+            **costs[p],
         }
         for p, s in samples.items()
     }
-    for p, row in forecast(recipe, phases).items():
-        phases[p] |= row
-    total = {
-        k: round(sum(phases[p][k] for p in PHASES), 2)
-        for k in ("records", "tokens", "steps", "minutes", "usd")
-    }
+    summed = ("records", "tokens", "steps", "minutes", "usd")
+    total = {k: round(sum(phases[p][k] for p in PHASES), 2) for k in summed}
+    worst = max(costs.values(), key=lambda row: row["memory_gb"])
+    seconds = sum(loads[p].tokens / costs[p]["tokens_per_second"] for p in PHASES)
     limit = recipe.budget.max_minutes
     return {
         "recipe": recipe.name,
@@ -246,14 +267,17 @@ def dry_run(recipe: Recipe, corpus: list[Path]) -> dict:
         "method": recipe.adapter.method,
         "rank": recipe.adapter.rank,
         "corpus": [str(p) for p in corpus] or ["generated"],
-        "buckets": summary,
+        **facts,
         "token_count": "by the tokenizer of the base" if base else "estimated at four bytes a token",
-        "held_out": held.height,
-        "too_long": index.height - usable.height,
         "phases": phases,
         "total": total,
-        "memory_gb": recipe.budget.memory_gb,
-        "tokens_per_second": recipe.budget.tokens_per_second,
+        "memory_gb": worst["memory_gb"],
+        "memory": worst["memory"],
+        "memory_of": "the GPU" if device(recipe) == "cuda" else "this machine",
+        "memory_mend": mend_memory(recipe, worst),
+        "model_shape": worst["model"],
+        "tokens_per_second": round(sum(load.tokens for load in loads.values()) / seconds, 1),
+        "basis": worst["basis"],
         "over_budget": bool(limit and total["minutes"] > limit),
         "max_minutes": limit,
     }

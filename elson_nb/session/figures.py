@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIER_COLOURS', 'BEFORE', 'AFTER', 'smoothed', 'plot_domains', 'plot_cells', 'plot_mix', 'plot_order', 'plot_training',
-           'plot_held_out', 'plot_session', 'plot_benchmark']
+           'plot_blocks', 'plot_held_out', 'plot_session', 'plot_benchmark']
 
 # %% ../../nbs/6_session/04_figures.ipynb #184d979a
 import matplotlib.pyplot as plt
@@ -138,6 +138,34 @@ def plot_training(steps: list[dict], smoothing_steps: int = 5) -> Figure:
         axes.set_ylim(bottom=0)
     for axes in grid[1]:
         axes.set(xlabel="optimiser step")
+    figure.tight_layout()
+    return figure
+
+# %% ../../nbs/6_session/04_figures.ipynb #afea78e0
+def plot_blocks(
+    first: dict[str, float],  # held-out loss of every domain before the first block, nats per answer token
+    rows: list[dict],  # one a block: domain, held_out (domain -> loss at its end, where it was looked at)
+) -> Figure:
+    "Change of held-out loss, domain by block, against the start of the phase."
+    blocks = [row["domain"] for row in rows]
+    domains = [d for d in dict.fromkeys([*blocks, *sorted(first)]) if d in first]
+    change = np.array([[row["held_out"].get(d, np.nan) - first[d] for row in rows] for d in domains])
+    side = min(0.34, 9 / max(1, len(blocks)))
+    figure, axes = plt.subplots(figsize=(3 + side * len(blocks), 1.5 + side * len(domains)), dpi=100)
+    bound = max(float(np.nanmax(np.abs(change), initial=0)), 1e-9)
+    image = axes.imshow(change, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
+    for column, domain in enumerate(blocks):
+        if domain in domains:
+            corner = (column - 0.5, domains.index(domain) - 0.5)
+            axes.add_patch(plt.Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=1))
+    if len(blocks) <= 20:
+        for row, column in np.argwhere(~np.isnan(change)):
+            axes.text(column, row, f"{change[row, column]:+.2f}", ha="center", va="center", fontsize=5.5)
+    size = 7 if len(domains) <= 40 else 4
+    axes.set_xticks(range(len(blocks)), blocks, rotation=90, fontsize=size)
+    axes.set_yticks(range(len(domains)), domains, fontsize=size)
+    axes.set(xlabel="after the block of", ylabel="held-out records of")
+    figure.colorbar(image, label="change of held-out loss (nats per answer token)", shrink=0.7)
     figure.tight_layout()
     return figure
 

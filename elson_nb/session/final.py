@@ -28,7 +28,7 @@ from .ledger import Ledger
 from .phases import NOT_APPLICABLE
 from ..store import open_store, read_json, write_json
 from ..training.base import fetch_base, load_base
-from ..training.phase import attach_adapter
+from ..training.adapter import attach_adapter
 
 # %% ../../nbs/6_session/03_final.ipynb #b5c24886
 TARGETS = {"overall": 0.80, "category": 0.70, "tool_use": 0.95, "latency_ms": 2000}
@@ -152,8 +152,6 @@ def evaluate_session(ledger: Ledger, live: Callable[[dict], None] | None = None)
     )
     base = ask("benchmark, base")
     model = attach_adapter(model, recipe, folder / "adapters" / "C", trainable=False)
-    if recipe.model.quantization == "none":
-        model.merge_adapter()
     adapter = ask("benchmark, adapter")
     inference = run_inference_test(model, tokenizer, recipe, show("inference test"))
     write_json(

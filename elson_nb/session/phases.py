@@ -6,12 +6,13 @@
 __all__ = ['LOSS_BANDS', 'MINUTE_BANDS', 'NOT_APPLICABLE', 'band_row', 'change_rows', 'shown_records', 'PhaseStep',
            'phase_checks']
 
-# %% ../../nbs/6_session/02_phases.ipynb #7f48537d
+# %% ../../nbs/6_session/02_phases.ipynb #2b26dd1c
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 from ..corpus.records import TIERS
+from ..curriculum.schedules import learning_rate_span
 from ..evaluation.inference import generate_answer
 from elson_nb.evaluation.statistics import (
     CANNOT_TELL,
@@ -25,11 +26,14 @@ from elson_nb.evaluation.statistics import (
 from .data import held_out_records, phase_records
 from .ledger import Ledger, SessionError
 from ..store import file_sha256, write_json
+from ..training.adapter import ADAPTER_FILES, attach_adapter
 from ..training.base import fetch_base, load_base
 from ..training.batches import encode, example_losses, format_prompt
-from ..training.phase import ADAPTER_FILES, PhaseResult, train_phase
+from ..training.launch import train_in_processes
+from ..training.order import BlockOrder
+from ..training.phase import PhaseResult, order_of, train_phase
 
-# %% ../../nbs/6_session/02_phases.ipynb #c393e7b3
+# %% ../../nbs/6_session/02_phases.ipynb #cd89785b
 LOSS_BANDS = {"A": ((1.5, 2.0), (0.8, 1.0)), "B": ((0.8, 1.0), (0.5, 0.7)), "C": ((0.5, 0.7), (0.3, 0.5))}
 MINUTE_BANDS = {"A": (15, 20), "B": (20, 25), "C": (10, 15)}
 NOT_APPLICABLE = "NOT APPLICABLE"
@@ -44,7 +48,7 @@ def band_row(name: str, value: float, band: tuple[float, float], applies: bool) 
         "measured": f"{value:.3g} (reference {band[0]:g}–{band[1]:g})",
     }
 
-# %% ../../nbs/6_session/02_phases.ipynb #fe56285c
+# %% ../../nbs/6_session/02_phases.ipynb #8280cc0e
 def change_rows(
     records: list[dict], before: dict[str, float], after: dict[str, float], key: str
 ) -> list[dict]:
@@ -81,7 +85,7 @@ def shown_records(records: list[dict], count: int) -> list[dict]:
         chosen += sorted(fresh, key=lambda r: (r["domain"] in domains, r["id"]))[:1]
     return chosen[:count]
 
-# %% ../../nbs/6_session/02_phases.ipynb #af57e4ac
+# %% ../../nbs/6_session/02_phases.ipynb #eab22c40
 class PhaseStep:
     "One phase of a session. Call `baseline`, `train`, `evaluate`, `hand_over` in this order."
 
@@ -93,6 +97,7 @@ class PhaseStep:
         self.held = held_out_records(self.ledger)
         previous = {"A": None, "B": "A", "C": "B"}[phase]
         self.adapter_in = self.ledger.folder / "adapters" / previous if previous else None
+        self.checkpoints = self.ledger.folder / "checkpoints" / phase
         self.inherited = self.ledger.metrics(previous)["held_out"] if previous else None
         self.before: dict = {}
         self.after: dict = {}
@@ -143,7 +148,7 @@ class PhaseStep:
 
     def train(self, live: Callable[[dict], None] | None = None) -> PhaseResult:
         "Train the phase; `live` gets a row after every optimiser step, and so does the run's progress file."
-        if self.model is None:
+        if self.model is None and self.recipe.training.processes == 1:
             self._load()
 
         def on_step(row: dict) -> None:
@@ -152,27 +157,53 @@ class PhaseStep:
                 live(row)
 
         source = {
-            "commit": self.ledger.data["provenance"]["commit"],
+            **self.ledger.data["provenance"],
             "run": self.ledger.folder.name,
             "merged_sha256": file_sha256(self.ledger.folder / self.data["merged"]),
         }
-        self.result = train_phase(
-            self.recipe,
-            self.phase,
-            self.records,
-            self.adapter_in,
-            self.ledger.folder / "adapters" / self.phase,
-            loaded=(self.model, self.tokenizer),
-            on_step=on_step,
-            provenance=source,
-        )
-        self.model = self.result.model
+        common = {
+            "recipe": self.recipe,
+            "phase": self.phase,
+            "records": self.records,
+            "adapter_in": self.adapter_in,
+            "adapter_out": self.ledger.folder / "adapters" / self.phase,
+            "on_step": on_step,
+            "provenance": source,
+            "held": self.held,
+            "checkpoints": self.checkpoints,
+            "cycle": self.cycle(),
+        }
+        if self.recipe.training.processes == 1:
+            self.result = train_phase(**common, loaded=(self.model, self.tokenizer))
+            self.model = self.result.model
+        else:
+            self.model = None  # the processes load their own
+            self.result = train_in_processes(**common)
+            self._load()
+            self.model = attach_adapter(self.model, self.recipe, self.result.adapter, trainable=False)
         return self.result
+
+    def cycle(self) -> tuple[int, int] | None:
+        "Where the phase stands in a learning-rate cycle over all of them; None where it has one of its own."
+        if self.recipe.curriculum.schedule != "flat":
+            return None
+        sizes = {name: entry["records"] for name, entry in self.ledger.metrics("0")["phases"].items()}
+        return learning_rate_span(self.recipe, sizes, self.phase)
+
+    def expected_tokens(self) -> int:
+        "Tokens that the steps taken must have had, from the manifest alone."
+        order = order_of(self.recipe, self.phase, [m["domain"] for m in self.manifest])
+        tokens, total = [m["tokens"] for m in self.manifest], 0
+        ends = [row["steps"] for row in self.result.blocks]
+        while not order.finished:
+            total += sum(tokens[n] for n in order.records())
+            order.advance()
+            if isinstance(order, BlockOrder) and order.step == ends[order.number]:
+                order.close("", {})
+        return total
 
     def evaluate(self) -> dict:
         "What the model can do after the phase, on the same records."
-        if self.recipe.model.quantization == "none":
-            self.model.merge_adapter()  # in memory only: unmerged, PEFT forms every DoRA matrix anew a token
         self.after = self.measure()
         return self.after
 
@@ -205,6 +236,7 @@ class PhaseStep:
             "checks": checks,
             "totals": self.result.totals,
             "steps": self.result.steps,
+            "blocks": {"first": self.result.first, "rows": self.result.blocks},
             "held_out": {
                 "before": self.before["losses"],
                 "after": self.after["losses"],
@@ -219,16 +251,16 @@ class PhaseStep:
         write_json(self.ledger.folder / f"{self.phase}_metrics.json", metrics)
         return metrics
 
-# %% ../../nbs/6_session/02_phases.ipynb #ccd4847d
+# %% ../../nbs/6_session/02_phases.ipynb #1c0e7a62
 def phase_checks(step: PhaseStep) -> list[dict]:
     "What must hold before the next phase may start, then what is worth knowing."
     steps, totals = step.result.steps, step.result.totals
-    planned = step.data["tokens"] * step.recipe.training.num_train_epochs
+    planned = step.expected_tokens()
     files = sorted(p.name for p in step.result.adapter.iterdir())
     weights = lambda folder: file_sha256(folder / "adapter_model.safetensors")
     must = [
         (
-            "every record was trained on, in the manifest's order",
+            "the steps had the manifest's records, in its order",
             totals["tokens"] == planned,
             f"{totals['tokens']:,} tokens of {planned:,}",
         ),

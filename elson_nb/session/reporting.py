@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BADGES', 'CHANGE_COLUMNS', 'badge', 'shown', 'table', 'text_block', 'summary_placeholder', 'fill_summary',
-           'live_line', 'provenance_table', 'step_settings', 'masked_examples', 'answer_samples', 'worst_records',
-           'change_table', 'checks_table', 'answer_table']
+           'live_line', 'provenance_table', 'step_settings', 'forecast_table', 'block_rule', 'block_table',
+           'masked_examples', 'answer_samples', 'worst_records', 'change_table', 'checks_table', 'answer_table']
 
-# %% ../../nbs/6_session/05_reporting.ipynb #4919be83
+# %% ../../nbs/6_session/05_reporting.ipynb #df05d7ae
 import html
 from collections.abc import Callable, Iterable
 
@@ -16,8 +16,9 @@ from IPython.display import HTML, DisplayHandle, display
 from ..evaluation.statistics import CANNOT_TELL, FAIL, NOT_MEASURED, PASS
 from .ledger import Ledger
 from .phases import NOT_APPLICABLE, PhaseStep
+from ..training.forecast import compare
 
-# %% ../../nbs/6_session/05_reporting.ipynb #dfb33da9
+# %% ../../nbs/6_session/05_reporting.ipynb #555cecda
 BADGES = {
     PASS: "#1a7f37",
     FAIL: "#b42318",
@@ -46,7 +47,7 @@ def shown(value: object) -> str:
         return f"{value:,}"
     return html.escape(str(value))
 
-# %% ../../nbs/6_session/05_reporting.ipynb #f2bc3e2e
+# %% ../../nbs/6_session/05_reporting.ipynb #d33c6a79
 def table(rows: Iterable[dict], columns: dict[str, str] | None = None) -> HTML:
     "Rows as a table; `columns` maps keys to headings, and leaves out the rest. Numbers stand right."
     rows = list(rows)
@@ -78,7 +79,7 @@ def text_block(text: str, colour: str = "inherit") -> str:
         f'font-size:12px">{html.escape(text)}</pre>'
     )
 
-# %% ../../nbs/6_session/05_reporting.ipynb #051e4ee8
+# %% ../../nbs/6_session/05_reporting.ipynb #86b15822
 def summary_placeholder() -> DisplayHandle:
     "The place at the top that `fill_summary` fills."
     return display(HTML(f"<p>{badge(NOT_MEASURED)} this step has not finished</p>"), display_id=True)
@@ -122,7 +123,7 @@ def live_line() -> Callable[[dict], None]:
 
     return show
 
-# %% ../../nbs/6_session/05_reporting.ipynb #e6bd4b86
+# %% ../../nbs/6_session/05_reporting.ipynb #10f74190
 def provenance_table(ledger: Ledger) -> HTML:
     "Where the run comes from: recipe, commit, versions, machine, thread count."
     source, recipe = ledger.data["provenance"], ledger.recipe
@@ -148,9 +149,11 @@ def step_settings(step: PhaseStep) -> HTML:
         "records": step.data["records"],
         "real tokens": step.data["tokens"],
         "epochs": t.num_train_epochs,
-        "effective batch": t.per_device_train_batch_size * t.gradient_accumulation_steps,
+        "records of an optimiser step": t.records_per_step,
+        "tokens of a micro-batch, padded": t.tokens_per_micro_batch,
         "learning rate": step.recipe.learning_rate(step.phase),
-        "schedule": t.lr_scheduler_type,
+        "learning-rate curve": t.lr_scheduler_type,
+        "schedule": step.recipe.curriculum.schedule,
         "order": phase.order,
         "cap on a domain": f"{phase.max_domain_share:.0%}",
         "weight of high-risk domains": phase.high_risk_weight,
@@ -159,7 +162,65 @@ def step_settings(step: PhaseStep) -> HTML:
     }
     return table([{"setting": k, "value": v} for k, v in rows.items()])
 
-# %% ../../nbs/6_session/05_reporting.ipynb #129dbdb9
+# %% ../../nbs/6_session/05_reporting.ipynb #ea8d5a94
+def forecast_table(step: PhaseStep) -> HTML:
+    "Steps, minutes, tokens a second and memory: forecast, measured, and the one as a multiple of the other."
+    told = step.ledger.metrics("0")["forecast"][step.phase]
+    rows = compare(told, step.result.totals)
+    columns = {
+        "figure": "figure",
+        "forecast": "forecast",
+        "measured": "measured",
+        "ratio": "measured / forecast",
+    }
+    basis = html.escape(str(told.get("basis", "assumed throughput")))
+    return HTML(f"{table(rows, columns).data}<p>Basis: {basis}. Looks at held-out loss are not in it.</p>")
+
+# %% ../../nbs/6_session/05_reporting.ipynb #31eb6ec8
+def block_rule(step: PhaseStep) -> str:
+    "The rule by which the blocks of a phase end, in words."
+    c = step.recipe.training.competence
+    phase, schedule = step.recipe.phases[step.phase], step.recipe.curriculum.schedule
+    if not step.result.blocks:
+        return f"no blocks: schedule {schedule}, order {phase.order}"
+    rules = {
+        "improvement": f"{c.patience} looks in a row with less than {c.min_improvement:.1%} improvement",
+        "target": f"held-out loss of {c.target_loss} or less",
+        "none": "all records trained",
+    }
+    room = f"at most {c.max_steps} steps" if c.max_steps else "at most its records once an epoch"
+    look = f"a look every {c.check_every} steps, at least {c.min_steps}, {room}"
+    return f"A block ends on: {rules[c.rule]}; {look}. Order of the blocks: {phase.block_order}."
+
+
+def block_table(step: PhaseStep) -> HTML:
+    "One row a block: steps, held-out loss of its domain before, after and at the phase's end, why it ended."
+    rows = step.result.blocks
+    shown = []
+    for number, row in enumerate(rows):
+        domain, last = row["domain"], rows[-1]["held_out"]
+        before = (rows[number - 1]["held_out"] if number else step.result.first).get(domain)
+        after, end = row["held_out"].get(domain), last.get(domain)
+        known = before is not None and after is not None
+        shown.append(
+            {
+                "block": domain,
+                "records": row["records"],
+                "steps": f"{row['steps']} of {row['room']}",
+                "before": before if known else "–",
+                "after": after if known else "–",
+                "end": end if known else "–",
+                "forgotten": end - after if known else "–",
+                "ended": row["ended"],
+            }
+        )
+    columns = {key: key for key in ("block", "records", "steps")}
+    columns |= {"before": "held-out loss before", "after": "after", "end": "at the end of the phase"}
+    columns |= {"forgotten": "forgotten since", "ended": "ended because"}
+    rule = html.escape(block_rule(step))
+    return HTML(f"<p>{rule}</p>{table(shown, columns).data if shown else ''}")
+
+# %% ../../nbs/6_session/05_reporting.ipynb #9f465a29
 def masked_examples(step: PhaseStep, count: int = 3) -> HTML:
     "The first records of the phase as the model sees them."
     blocks = []
@@ -177,7 +238,7 @@ def masked_examples(step: PhaseStep, count: int = 3) -> HTML:
         )
     return HTML("".join(blocks))
 
-# %% ../../nbs/6_session/05_reporting.ipynb #b687f1af
+# %% ../../nbs/6_session/05_reporting.ipynb #7fc1e5a3
 def answer_samples(step: PhaseStep) -> HTML:
     "Greedy answers to held-out questions before and after the phase, beside the expected one."
     blocks = []
@@ -202,7 +263,7 @@ def answer_samples(step: PhaseStep) -> HTML:
             )
     return HTML("".join(blocks))
 
-# %% ../../nbs/6_session/05_reporting.ipynb #8bd2fdad
+# %% ../../nbs/6_session/05_reporting.ipynb #a450912e
 def worst_records(step: PhaseStep, count: int = 3) -> HTML:
     "The held-out records on which the phase did most harm, or least good."
     return table(
@@ -218,7 +279,7 @@ def worst_records(step: PhaseStep, count: int = 3) -> HTML:
         ]
     )
 
-# %% ../../nbs/6_session/05_reporting.ipynb #42edf658
+# %% ../../nbs/6_session/05_reporting.ipynb #e231ceed
 CHANGE_COLUMNS = {
     "n": "n",
     "before": "before",

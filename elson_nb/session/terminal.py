@@ -101,7 +101,7 @@ def counting(label: str, quiet: bool) -> Iterator[Callable[..., None]]:
 
         yield update
 
-# %% ../../nbs/6_session/10_terminal.ipynb #2420d6e5
+# %% ../../nbs/6_session/10_terminal.ipynb #4c7b1e92
 def print_dry_run(plan: dict) -> None:
     "A dry run for a person."
     out.print(
@@ -119,33 +119,28 @@ def print_dry_run(plan: dict) -> None:
             f"{plan['too_long']:,} records are too long: raise the limit with --set training.max_length=…",
             markup=False,
         )
-    rows = [
-        {"phase": p, **{k: v[k] for k in ("records", "tokens", "domains", "steps", "minutes", "usd")}}
-        for p, v in plan["phases"].items()
-    ] + [{"phase": "all", "domains": "", **plan["total"]}]
-    out.print(
-        grid(
-            rows,
-            {
-                "phase": "phase",
-                "records": "records",
-                "tokens": "tokens",
-                "domains": "domains",
-                "steps": "steps",
-                "minutes": "minutes",
-                "usd": "dollars",
-            },
-        )
-    )
+    columns = {k: k for k in ("phase", "records", "tokens", "domains", "steps", "minutes")}
+    columns |= {"usd": "dollars", "memory_gb": "memory, GB"}
+    rows = [{"phase": p, **v} for p, v in plan["phases"].items()]
+    out.print(grid([*rows, {"phase": "all", **plan["total"], "memory_gb": plan["memory_gb"]}], columns))
     for name, info in plan["phases"].items():
         for note in info["notes"]:
             out.print(f"phase {name}: {note}", markup=False)
     out.print(
-        f"forecast at an assumed {plan['tokens_per_second']:,.0f} tokens/s, "
-        f"{plan['memory_gb']:g} GB of memory; "
-        f"scoring and evaluation come on top",
+        f"forecast of training alone, at {plan['tokens_per_second']:,.0f} tokens/s ({plan['basis']}); "
+        f"scoring at gates, before and after, and evaluation come on top",
         markup=False,
     )
+    for name in (p for p, info in plan["phases"].items() if info["at_most"]):
+        out.print(f"phase {name}: steps and minutes at most; a domain block may end earlier", markup=False)
+    parts = ", ".join(f"{name} {gb:.1f}" for name, gb in plan["memory"].items() if gb >= 0.05)
+    out.print(
+        f"memory of {plan['memory_of']} up to {plan['memory_gb']:.1f} GB: {parts}; "
+        f"model sizes {plan['model_shape']}",
+        markup=False,
+    )
+    if plan["memory_mend"]:
+        out.print(f"more memory than budget.memory_gb: {plan['memory_mend']}", markup=False)
     if plan["over_budget"]:
         out.print(
             f"over the budget of {plan['max_minutes']:g} minutes: lower curriculum.target_records",

@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['format_prompt', 'Example', 'encode', 'count_tokens', 'length_batches', 'pad', 'example_losses']
 
-# %% ../../nbs/3_training/01_batches.ipynb #6b7606a6
+# %% ../../nbs/3_training/01_batches.ipynb #1fd85ec5
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from ..recipes import PROMPT_TEMPLATE
+from .head import token_losses
 
-# %% ../../nbs/3_training/01_batches.ipynb #20d3707a
+# %% ../../nbs/3_training/01_batches.ipynb #8505277b
 def format_prompt(instruction: str, input: str = "", template: str = PROMPT_TEMPLATE) -> str:
     "The text before the answer; `input` (context, a table) follows the question after a blank line."
     return template.replace("{question}", f"{instruction}\n\n{input}" if input else instruction)
 
-# %% ../../nbs/3_training/01_batches.ipynb #6990bce1
+# %% ../../nbs/3_training/01_batches.ipynb #49822188
 @dataclass(frozen=True)
 class Example:
     "One record as the model sees it. `completion_mask` is 1 where a token carries loss."
@@ -44,7 +45,7 @@ def count_tokens(record: dict, tokenizer, template: str = PROMPT_TEMPLATE) -> in
     "Length of a record in tokens, prompt template and end token included."
     return len(encode(record, tokenizer, template))
 
-# %% ../../nbs/3_training/01_batches.ipynb #05471ff4
+# %% ../../nbs/3_training/01_batches.ipynb #21b1481a
 def length_batches(examples: Iterable[Example], tokens_per_batch: int) -> Iterator[list[Example]]:
     "Batches of similar length; a single longer example still gets a batch of its own."
     batch: list[Example] = []
@@ -56,7 +57,7 @@ def length_batches(examples: Iterable[Example], tokens_per_batch: int) -> Iterat
     if batch:
         yield batch
 
-# %% ../../nbs/3_training/01_batches.ipynb #f04962d7
+# %% ../../nbs/3_training/01_batches.ipynb #94e5796d
 def pad(batch: list[Example], pad_id: int) -> dict[str, torch.Tensor]:
     "Right-padded `input_ids`, `attention_mask` and `labels` (-100 where no loss), each (batch, longest)."
     longest = max(map(len, batch))
@@ -68,7 +69,7 @@ def pad(batch: list[Example], pad_id: int) -> dict[str, torch.Tensor]:
         "labels": fill(labels, -100),
     }
 
-# %% ../../nbs/3_training/01_batches.ipynb #30d1339a
+# %% ../../nbs/3_training/01_batches.ipynb #e4362efe
 @torch.no_grad()
 def example_losses(
     model, examples: list[Example], pad_id: int, tokens_per_batch: int = 2048
@@ -78,12 +79,9 @@ def example_losses(
     model.eval()
     for batch in length_batches(examples, tokens_per_batch):
         tensors = {k: v.to(model.device) for k, v in pad(batch, pad_id).items()}
-        labels = tensors.pop("labels")[:, 1:]
-        logits = model(**tensors, use_cache=False).logits[:, :-1].float()
-        each = torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2), labels, ignore_index=-100, reduction="none"
-        )
-        mean = each.sum(1) / (labels != -100).sum(1)
+        rows, each = token_losses(model, tensors)
+        total = torch.zeros(len(batch), device=each.device).index_add_(0, rows, each)
+        mean = total / torch.bincount(rows, minlength=len(batch))
         losses |= dict(zip([e.id for e in batch], mean.tolist()))
     model.train(was_training)
     return losses
