@@ -3,8 +3,8 @@
     python benchmarks/phase_speed.py [--records 24] [--rounds 3] [--out FILE.json]
 
 All arms train the same DoRA adapter (rank 16, dropout 0.05) of SmolLM2-135M on the same records of a
-generated corpus, eight records an optimiser step, in the same order, in one process, round after round. Counted
-are real tokens: padding is no work done. Arms:
+generated corpus, eight records an optimiser step, in the same order, in one process, round after round.
+Counted are real tokens: padding is no work done. Arms:
 
 - `trl`: `SFTTrainer` with a `LoraConfig(use_dora=True)` and TRL's defaults, which recompute activations;
 - `trl, no recomputation`: the same with `gradient_checkpointing=False`, for a user with memory to spare;

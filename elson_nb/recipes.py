@@ -80,19 +80,19 @@ class AdapterConfig:
             0 <= self.lora_dropout < 1, f"adapter.lora_dropout is {self.lora_dropout}; it must be in [0, 1)"
         )
 
-# %% ../nbs/00_recipes.ipynb #9caf6e48
+# %% ../nbs/00_recipes.ipynb #fa947ca7
 @dataclass(frozen=True)
 class PhaseConfig:
     title: str
     mix: dict[str, float]  # share of each tier, summing to 1
     share: float  # share of the cycle's records when all phases are sampled
     order: str = "shuffled"  # blocks: one domain at a time, easy to hard; or shuffled
-    block_order: str | list[str] = (
-        "taxonomy"  # of the blocks: taxonomy, largest, smallest, or domains to come first
-    )
     max_domain_share: float = 1.0  # no domain takes more than this share of the phase
     high_risk_weight: float = 1.0  # records of a high-risk domain for one of another, stock allowing
     learning_rate: float | None = None  # where it differs from training.learning_rate
+    block_order: str | list[str] = (
+        "taxonomy"  # of the blocks: taxonomy, largest, smallest, or domains to come first
+    )
 
     def __post_init__(self):
         unknown = sorted(set(self.mix) - set(TIERS))
@@ -270,7 +270,7 @@ class BudgetConfig:
 class StoreConfig:
     url: str | None = None  # a folder that receives the released adapter; null = keep it in the run
 
-# %% ../nbs/00_recipes.ipynb #bec0bc28
+# %% ../nbs/00_recipes.ipynb #3345a771
 @dataclass(frozen=True)
 class Recipe:
     "Everything a run depends on beside its corpus."
@@ -299,8 +299,9 @@ class Recipe:
         )
 
     def learning_rate(self, phase: str) -> float:
-        "The rate of one phase: its own where it has one."
-        return self.phases[phase].learning_rate or self.training.learning_rate
+        "The rate of one phase: its own where it has one, and where the phases are no single cycle."
+        own = self.phases[phase].learning_rate if self.curriculum.schedule != "flat" else None
+        return own or self.training.learning_rate
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

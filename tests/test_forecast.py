@@ -153,8 +153,15 @@ def test_memory_rises_with_what_costs_memory():
         > peak("h100", ["training.gradient_checkpointing=true"])
     )
     assert plain > peak("h100-qdora", ["training.gradient_checkpointing=false"]) > peak("h100-qdora", [])
-    one = peak("laptop", [], tokens=512)
-    assert one > peak("laptop", ["adapter.lora_dropout=0.05"], tokens=0)  # the merged copy is gone
+
+
+def test_the_whole_matrix_is_held_where_the_form_uses_it():
+    shape = model.derive_shape(134.5)
+    whole, factors = (
+        memory(load_recipe("laptop", [f"adapter.lora_dropout={p}"]), shape, 512, 130) for p in (0, 0.05)
+    )
+    assert whole["merged copy"] * model.GB == 4 * shape.block_parameters and factors["merged copy"] == 0
+    assert whole["process"] == model.PROCESS_GB or torch.cuda.is_available()
 
 
 def test_the_reference_recipe_fits_its_card_with_2048_tokens_a_micro_batch_and_not_with_4096():
@@ -201,6 +208,12 @@ def test_a_derived_shape_has_the_parameters_and_says_that_it_is_derived(millions
     shape = model.derive_shape(millions)
     assert shape.parameters == pytest.approx(millions * 1e6, rel=0.01) and "derived" in shape.source
     assert 2 < shape.intermediate / shape.hidden < 4
+
+
+def test_the_14b_class_is_derived_as_it_is():
+    derived = model.derive_shape(14770)
+    assert replace(derived, intermediate=QWEN_14B.intermediate, source=QWEN_14B.source) == QWEN_14B
+    assert derived.intermediate == pytest.approx(QWEN_14B.intermediate, rel=0.01)
 
 
 def test_a_model_smaller_than_any_vocabulary_has_a_shape_too():
@@ -251,6 +264,11 @@ def test_padding_is_that_of_the_trainers_micro_batches():
     steps = [micro_batches(examples[n : n + 8], 700) for n in range(0, 24, 8)]
     load = load_of(recipe, "B", lengths, ["a"] * 24, 0.5)
     assert load.padded == sum(map(padded, steps)) and load.micro_batches == sum(map(len, steps))
+    two = replace(recipe, training=replace(recipe.training, processes=2, per_device_train_batch_size=4))
+    parted = [[micro_batches(examples[n : n + 8], 700, rank, 2) for n in range(0, 24, 8)] for rank in (0, 1)]
+    load = load_of(two, "B", lengths, ["a"] * 24, 0.5)
+    assert load.padded == sum(padded(step) for steps in parted for step in steps)
+    assert load.micro_batches == sum(map(len, parted[0]))
 
 
 class ByLength:

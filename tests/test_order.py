@@ -396,7 +396,7 @@ def test_the_gate_looks_at_what_it_needs():
     while not order.finished:
         order.records()
         order.advance()
-        gate.on_step_end(None, None, control)
+        gate.on_optimizer_step(None, None, control)
         assert control.should_training_stop == order.finished
     assert asked[0] == (0, None) and asked[1:4] == [(2, ["a"]), (3, ["a"]), (3, ["a", "b"])]
     assert asked[4:7] == [(5, ["b"]), (6, ["b"]), (6, ["b", "c"])]
@@ -437,15 +437,10 @@ def rates_used():
 
 
 def library_curve(name: str, rate: float, warmup: int, total: int) -> list[float]:
-    "The learning rate of every step as the library's scheduler gives it."
+    "The library's curve at the middle of every step."
     optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
     schedule = get_scheduler(name, optimiser, num_warmup_steps=warmup, num_training_steps=total)
-    rates = []
-    for _ in range(total):
-        rates.append(schedule.get_last_lr()[0])
-        optimiser.step()
-        schedule.step()
-    return rates
+    return [rate * schedule.lr_lambdas[0](step + 0.5) for step in range(total)]
 
 
 def test_the_learning_rate_follows_the_plan_not_the_steps_taken(gated):

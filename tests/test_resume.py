@@ -265,6 +265,21 @@ def test_a_signal_goes_on_to_who_waits_for_it():
         signal.signal(signal.SIGTERM, before)
 
 
+def test_a_second_sigterm_leaves_time_to_save():
+    "A machine that shuts down sends one to every process, and then the chain sends its kernel another."
+    request, before = StopRequest(), signal.signal(signal.SIGTERM, lambda number, frame: None)
+    saved = False
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            with heeding_signals(request):
+                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
+                saved = True
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert saved
+
+
 def test_in_another_thread_signals_are_left_alone():
     before, inside = signal.getsignal(signal.SIGINT), []
 

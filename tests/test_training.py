@@ -224,8 +224,10 @@ def plain_training(
     optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=decay)
     steps = -(-len(records) // size)
     schedule = get_scheduler("cosine", optimiser, num_warmup_steps=warmup, num_training_steps=steps)
+    curve = schedule.lr_lambdas[0]
     rows = []
     for at in range(0, len(records), size):
+        optimiser.param_groups[0]["lr"] = rate * schedule.lr_lambdas[0](at // size + 0.5)  # a step's middle
         batch = plain_batch(tokenizer, records[at : at + size])
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         loss = torch.nn.functional.cross_entropy(
@@ -234,10 +236,9 @@ def plain_training(
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, clip)
         rows.append(
-            {"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": schedule.get_last_lr()[0]}
+            {"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": optimiser.param_groups[0]["lr"]}
         )
         optimiser.step()
-        schedule.step()
         optimiser.zero_grad()
     return get_peft_model_state_dict(model, save_embedding_layers=False), rows
 

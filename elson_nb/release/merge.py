@@ -16,9 +16,9 @@ import torch
 
 from ..recipes import Recipe
 from ..store import write_json
+from ..training.adapter import attach_adapter
 from ..training.base import load_base
 from ..training.batches import format_prompt
-from ..training.adapter import attach_adapter
 
 # %% ../../nbs/5_release/00_merge.ipynb #71e328a1
 class ReleaseError(RuntimeError):

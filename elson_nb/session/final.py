@@ -27,8 +27,8 @@ from ..recipes import PHASES
 from .ledger import Ledger
 from .phases import NOT_APPLICABLE
 from ..store import open_store, read_json, write_json
-from ..training.base import fetch_base, load_base
 from ..training.adapter import attach_adapter
+from ..training.base import fetch_base, load_base
 
 # %% ../../nbs/6_session/03_final.ipynb #b5c24886
 TARGETS = {"overall": 0.80, "category": 0.70, "tool_use": 0.95, "latency_ms": 2000}

@@ -54,7 +54,7 @@ def is_plain(model: nn.Module, head: nn.Module) -> bool:
     scaled = any(getattr(config, name, None) not in (None, 1.0) for name in AFTER_THE_HEAD)
     return type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad and not scaled
 
-# %% ../../nbs/3_training/00a_head.ipynb #c2d4cf4d
+# %% ../../nbs/3_training/00a_head.ipynb #0463f135
 @contextlib.contextmanager
 def labelled_head(head: nn.Module, labels: Tensor, chunked: bool) -> Iterator[None]:
     "Within the block, `head` takes labelled positions only: it returns their summed loss, or their logits."
@@ -65,11 +65,14 @@ def labelled_head(head: nn.Module, labels: Tensor, chunked: bool) -> Iterator[No
         rows = hidden[:, :-1][mask]
         return ChunkedLoss.apply(rows, head.weight, targets[mask], CHUNK) if chunked else plain(rows)
 
+    own = head.__dict__.get("forward")  # the instance's, where Accelerate has put one
     head.forward = forward
     try:
         yield
     finally:
         del head.forward
+        if own is not None:
+            head.forward = own
 
 
 def answer_loss(

@@ -94,7 +94,7 @@ def held_out_loss(
 
     return measure
 
-# %% ../../nbs/3_training/06_phase.ipynb #2706fa39
+# %% ../../nbs/3_training/06_phase.ipynb #83a87bdc
 @dataclass(frozen=True)
 class PhaseResult:
     "What a phase hands over: the adapter, a row per step and per block, totals, the model in memory."
@@ -136,7 +136,7 @@ def train_phase(
     reporter, request = StepReporter(on_step, peak_memory_gb), StopRequest()
     trainer = PhaseTrainer(
         model=model,
-        args=trainer_config(recipe, phase, order.total, work),
+        args=trainer_config(recipe, phase, order.total, work, cycle and cycle[1]),
         train_dataset=Dataset.from_dict({"id": [e.id for e in examples]}),
         processing_class=tokenizer,
         data_collator=list,  # steps are made by the trainer itself

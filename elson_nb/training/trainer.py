@@ -70,15 +70,21 @@ def padded(batches: list[list[Example]]) -> int:
     "Tokens that go through the model, padding included."
     return sum(len(batch) * max(map(len, batch)) for batch in batches)
 
-# %% ../../nbs/3_training/05_trainer.ipynb #235b6bf4
-def trainer_config(recipe: Recipe, phase: str, steps: int, folder: Path) -> SFTConfig:
-    "Settings of the library; `steps` is the number of optimiser steps at most."
+# %% ../../nbs/3_training/05_trainer.ipynb #d8b84c99
+def trainer_config(
+    recipe: Recipe,
+    phase: str,
+    steps: int,  # optimiser steps at most
+    folder: Path,  # of the checkpoints
+    cycle: int | None = None,  # steps of the learning-rate cycle; None = the phase's
+) -> SFTConfig:
+    "The recipe's settings under the library's names."
     t, on_gpu = recipe.training, torch.cuda.is_available()
     return SFTConfig(
         output_dir=str(folder),
         learning_rate=recipe.learning_rate(phase),
         lr_scheduler_type=t.lr_scheduler_type,
-        warmup_steps=math.ceil(t.warmup_ratio * steps),
+        warmup_steps=math.ceil(t.warmup_ratio * (cycle or steps)),
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,
         max_steps=steps,
@@ -114,7 +120,7 @@ def out_of_memory(error: BaseException) -> bool:
     spoken = isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words)
     return spoken or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
-# %% ../../nbs/3_training/05_trainer.ipynb #7c03a53d
+# %% ../../nbs/3_training/05_trainer.ipynb #a804bf47
 class PhaseTrainer(SFTTrainer):
     "Takes its steps from an `Order`; `examples` are the encoded records the order counts."
 
@@ -237,14 +243,14 @@ class PhaseTrainer(SFTTrainer):
         return norm
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        "The library's curve, over the plan of the order instead of the steps taken."
+        "The library's curve over the plan of the order, each step at its middle: none has a rate of zero."
         first, length = self.cycle
-        self.args.warmup_steps = math.ceil(self.args.warmup_steps * length / max(1, num_training_steps))
         scheduler = super().create_scheduler(length, optimizer)
         for number, curve in enumerate(scheduler.lr_lambdas):
-            scheduler.lr_lambdas[number] = lambda _, curve=curve: curve(first + self.order.planned)
+            scheduler.lr_lambdas[number] = lambda _, curve=curve: curve(first + self.order.planned + 0.5)
         for group, base, curve in zip(self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
             group["lr"] = base * curve(0)
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
         return scheduler
 
     def save_model(self, output_dir=None, _internal_call=False):
@@ -368,7 +374,7 @@ def diverging(losses: list[float], span: int = 5, factor: float = 2.0) -> bool:
         return False
     return min(losses[-span:]) > factor * sum(losses[:span]) / span
 
-# %% ../../nbs/3_training/05_trainer.ipynb #db92e523
+# %% ../../nbs/3_training/05_trainer.ipynb #4692044a
 class BlockGate(TrainerCallback):
     "Looks at the held-out loss and ends blocks."
 
@@ -389,7 +395,7 @@ class BlockGate(TrainerCallback):
                 self.order.first = self.measure(None)
             self.order.begin(self.order.first)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_optimizer_step(self, args, state, control, **kwargs):  # before the learning rate moves on
         order = self.order
         if not order.due:
             return
