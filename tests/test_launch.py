@@ -4,6 +4,7 @@ Two real processes, gloo, on the CPU. They are forked from a server that has the
 takes less time than `accelerate launch`; that one is used where the launcher itself is under test.
 """
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -116,7 +117,7 @@ def of_two(rank: int, port: int, environment: dict, jobs: list, told) -> None:
     torch.distributed.destroy_process_group()
 
 
-def in_two(*jobs, environment: dict | None = None, seconds: int = 300) -> list[tuple]:
+def in_two(*jobs, environment: dict | None = None, seconds: int = 240) -> list[tuple]:
     "Run the jobs in two processes; what each job returned, in both. A deadlock is a failure."
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -152,7 +153,8 @@ def stopped(rank: int, settings: Recipe, out: Path, at: int, on: int, **options)
     "A phase that a signal reaches in step `at`, in the process `on` alone."
 
     def on_step(row: dict) -> None:
-        time.sleep(0.05 * (rank == 0))  # process 0 has more to do, so the other is first to save
+        if row["step"] == at + 1 and rank == 0:
+            time.sleep(0.5)  # process 0 has more to do, so the other is first to save
         if row["step"] == at and rank == on:
             signal.raise_signal(signal.SIGTERM)
 
@@ -164,11 +166,14 @@ def stopped(rank: int, settings: Recipe, out: Path, at: int, on: int, **options)
 
 
 def gated(rank: int, out: Path, base: Path) -> list[dict]:
-    "A phase of two domain blocks, whose held-out losses process 1 sees otherwise than process 0."
-    plain = phase.example_losses
-    phase.example_losses = lambda *args: {
-        i: loss + rank * (n % 2) for n, (i, loss) in enumerate(plain(*args).items())
-    }
+    "A phase of two domain blocks; process 1 sees its held-out losses halved from look to look."
+    plain, looks = phase.example_losses, itertools.count()
+
+    def seen(*args) -> dict[str, float]:
+        part = 0.5 ** next(looks) if rank else 1.0
+        return {i: loss * part for i, loss in plain(*args).items()}
+
+    phase.example_losses = seen
     records = [r | {"domain": "first" if n < 16 else "second"} for n, r in enumerate(make_records(32))]
     gates = (
         "check_every=1",

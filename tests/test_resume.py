@@ -24,6 +24,7 @@ from elson_nb.recipes import load_recipe
 from elson_nb.store import write_json
 from elson_nb.training.base import make_random_base
 from elson_nb.training.checkpoints import MARKER, all_checkpoints, fault, step_of
+from elson_nb.training.head import answer_loss
 from elson_nb.training.phase import train_phase
 from elson_nb.training.trainer import StopRequest, heeding_signals
 
@@ -144,9 +145,9 @@ def base(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def start(base):
-    "A function that starts `train` in a process of its own."
+    "A function that starts `train` in a process of its own; their server loads while other tests run."
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([__name__])
     with pytest.MonkeyPatch.context() as patched:  # the server does not know where pytest looks for modules
@@ -177,68 +178,7 @@ def finish(process) -> int:
     return process.exitcode
 
 
-@pytest.fixture(scope="module")
-def undisturbed(start, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    assert finish(start(folder, 0.0)) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def expected(undisturbed) -> Outcome:
-    return Outcome(undisturbed)
-
-
-def test_the_training_that_is_disturbed_is_worth_it(undisturbed, expected):
-    "Several blocks, one of which ends early; over sixteen steps; every step moved by dropout and replay."
-    blocks, steps = expected.told["blocks"], seen_steps(undisturbed)
-    assert len(blocks) == 3 and any(b["steps"] < b["room"] for b in blocks)
-    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 16
-    assert expected.told["rows"][-1]["records"] > 2, "nothing is replayed"
-    assert sorted(blocks[0]["held_out"]) == ["a", "b", "c"]
-
-
-# killed and stopped for real
-
-
-def test_three_kills_at_random_moments_change_nothing(start, expected, tmp_path):
-    chance = random.Random(20)
-    starts = []
-    for span in ((1, 5), (6, 10), (11, 15)):
-        process = start(tmp_path)
-        wait_for_step(tmp_path, chance.randint(*span), process)
-        time.sleep(chance.uniform(0, 2 * PAUSE))  # in a step, in its pause, or while a checkpoint is written
-        process.kill()
-        assert finish(process) == -signal.SIGKILL
-        starts.append(len(seen_steps(tmp_path)))
-    assert finish(start(tmp_path, 0.0)) == 0
-    steps = seen_steps(tmp_path)
-    again = [steps[n] for n in starts]
-    assert again == sorted(again) and again[-1] > 9, (
-        f"it began at steps {again}: the checkpoints were not taken up"
-    )
-    assert_same(tmp_path, expected)
-    notes = json.loads((tmp_path / "result.json").read_text())["notes"]
-    assert notes[-1] == f"went on from step {again[-1] - 1}"
-
-
-def test_sigterm_and_sigint_save_the_step_and_end_at_once(start, expected, tmp_path):
-    for number, step in ((signal.SIGTERM, 3), (signal.SIGINT, 8)):
-        process = start(tmp_path)
-        wait_for_step(tmp_path, step, process)
-        seen = seen_steps(tmp_path)[-1]
-        os.kill(process.pid, number)
-        sent = time.monotonic()
-        assert finish(process) == (-signal.SIGTERM if number == signal.SIGTERM else 1)
-        assert time.monotonic() - sent < 5, "it took longer than the step at hand and a checkpoint"
-        last = seen_steps(tmp_path)[-1]
-        newest = all_checkpoints(tmp_path / "work")[0]
-        assert step_of(newest) == last and last - seen in (1, 2), "saved at the end of the step at hand"
-        assert fault(newest, {}) == "" and not (tmp_path / "A").exists()
-    assert finish(start(tmp_path, 0.0)) == 0
-    steps = seen_steps(tmp_path)
-    assert steps == sorted(set(steps)), "no step was taken twice"
-    assert_same(tmp_path, expected)
+# a signal
 
 
 def test_a_second_signal_ends_it_there_and_then():
@@ -363,23 +303,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(base, copy, r
         assert first_step(base, copy) == 5
 
 
-def test_going_back_a_checkpoint_changes_nothing(base, copy, expected):
-    truncate(copy / "work" / "checkpoint-6" / "optimizer.pt")
-    with pytest.warns(UserWarning, match="checkpoint-6 is left out"):
-        train(copy, base)
-    assert seen_steps(copy)[0] == 5
-    assert_same(copy, expected)
-
-
-def test_when_all_are_damaged_it_begins_again(base, copy, expected):
-    for step in (4, 6):
-        flip(copy / "work" / f"checkpoint-{step}" / "scheduler.pt")
-    with pytest.warns(UserWarning, match="scheduler.pt is damaged"):
-        train(copy, base)
-    assert seen_steps(copy)[0] == 1
-    assert_same(copy, expected)
-
-
 def other_texts() -> list[dict]:
     return [r | {"output": r["output"] + "!"} if r["id"] == "c15" else r for r in records()]
 
@@ -415,11 +338,6 @@ def test_a_checkpoint_of_another_training_is_not_taken(base, copy, what):
     assert all("it belongs to another training" in message for message in told)
 
 
-def test_an_adapter_to_begin_from_is_part_of_a_training(base, copy, undisturbed):
-    with pytest.warns(UserWarning, match="its adapter before differs"):
-        assert first_step(base, copy, adapter_in=undisturbed / "A") == 1
-
-
 def test_checkpoints_of_another_training_do_not_crowd_out_the_new_ones(base, copy):
     "Two newer ones that cannot be used are there when a training begins; its own must be kept all the same."
     options = {"records": other_texts()}
@@ -443,7 +361,6 @@ AT_ONCE = (
 @pytest.mark.parametrize(
     "phase, settings",
     [
-        ("A", ["training.competence.max_steps=3"]),
         ("A", ["training.checkpoint_every=50", *AT_ONCE]),
         ("B", ["training.checkpoint_every=50"]),
     ],
@@ -451,7 +368,7 @@ AT_ONCE = (
 def test_a_training_killed_before_it_saved_its_adapter_is_not_repeated(
     base, tmp_path, monkeypatch, phase, settings
 ):
-    options = {"phase": phase, "recipe": recipe(*settings)}
+    options = {"phase": phase, "recipe": recipe(*settings), "records": records(each=6)}
 
     def killed(*args):
         raise Killed
@@ -473,7 +390,7 @@ def test_a_training_killed_before_it_saved_its_adapter_is_not_repeated(
 
 
 def test_a_halved_budget_is_taken_up_with_the_checkpoint(base, tmp_path, monkeypatch):
-    from elson_nb.training.trainer import answer_loss
+    options = {"records": records(each=8), "recipe": recipe("training.per_device_train_batch_size=4")}
 
     def little_memory(model, tensors):
         if tensors["input_ids"].numel() > 200:
@@ -482,8 +399,94 @@ def test_a_halved_budget_is_taken_up_with_the_checkpoint(base, tmp_path, monkeyp
 
     with monkeypatch.context() as patched, pytest.raises(Crash):
         patched.setattr("elson_nb.training.trainer.answer_loss", little_memory)
-        train(tmp_path, base, on_step=crash_at(3), recipe=recipe("training.per_device_train_batch_size=4"))
-    result = train(tmp_path, base, recipe=recipe("training.per_device_train_batch_size=4"))
+        train(tmp_path, base, on_step=crash_at(3), **options)
+    result = train(tmp_path, base, **options)
     notes = result.totals["notes"]
     assert notes[-1] == "went on from step 2" and all("memory ended" in note for note in notes[:-1])
     assert len(notes) > 1 and min(row["micro_batches"] for row in result.steps) > 1
+
+
+# left in peace, then killed and stopped for real; last, so that the server has loaded by then
+
+
+@pytest.fixture(scope="module")
+def undisturbed(start, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert finish(start(folder, 0.0)) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(undisturbed) -> Outcome:
+    return Outcome(undisturbed)
+
+
+def test_the_training_that_is_disturbed_is_worth_it(undisturbed, expected):
+    "Several blocks, one of which ends early; over sixteen steps; every step moved by dropout and replay."
+    blocks, steps = expected.told["blocks"], seen_steps(undisturbed)
+    assert len(blocks) == 3 and any(b["steps"] < b["room"] for b in blocks)
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 16
+    assert expected.told["rows"][-1]["records"] > 2, "nothing is replayed"
+    assert sorted(blocks[0]["held_out"]) == ["a", "b", "c"]
+
+
+def test_three_kills_at_random_moments_change_nothing(start, expected, tmp_path):
+    chance = random.Random(20)
+    starts = []
+    for span in ((1, 5), (6, 10), (11, 15)):
+        process = start(tmp_path)
+        wait_for_step(tmp_path, chance.randint(*span), process)
+        time.sleep(chance.uniform(0, 2 * PAUSE))  # in a step, in its pause, or while a checkpoint is written
+        process.kill()
+        assert finish(process) == -signal.SIGKILL
+        starts.append(len(seen_steps(tmp_path)))
+    assert finish(start(tmp_path, 0.0)) == 0
+    steps = seen_steps(tmp_path)
+    again = [steps[n] for n in starts]
+    assert again == sorted(again) and again[-1] > 9, (
+        f"it began at steps {again}: the checkpoints were not taken up"
+    )
+    assert_same(tmp_path, expected)
+    notes = json.loads((tmp_path / "result.json").read_text())["notes"]
+    assert notes[-1] == f"went on from step {again[-1] - 1}"
+
+
+def test_sigterm_and_sigint_save_the_step_and_end_at_once(start, expected, tmp_path):
+    for number, step in ((signal.SIGTERM, 3), (signal.SIGINT, 8)):
+        process = start(tmp_path)
+        wait_for_step(tmp_path, step, process)
+        seen = seen_steps(tmp_path)[-1]
+        os.kill(process.pid, number)
+        sent = time.monotonic()
+        assert finish(process) == (-signal.SIGTERM if number == signal.SIGTERM else 1)
+        assert time.monotonic() - sent < 5, "it took longer than the step at hand and a checkpoint"
+        last = seen_steps(tmp_path)[-1]
+        newest = all_checkpoints(tmp_path / "work")[0]
+        assert step_of(newest) == last and last - seen in (1, 2), "saved at the end of the step at hand"
+        assert fault(newest, {}) == "" and not (tmp_path / "A").exists()
+    assert finish(start(tmp_path, 0.0)) == 0
+    steps = seen_steps(tmp_path)
+    assert steps == sorted(set(steps)), "no step was taken twice"
+    assert_same(tmp_path, expected)
+
+
+def test_going_back_a_checkpoint_changes_nothing(base, copy, expected):
+    truncate(copy / "work" / "checkpoint-6" / "optimizer.pt")
+    with pytest.warns(UserWarning, match="checkpoint-6 is left out"):
+        train(copy, base)
+    assert seen_steps(copy)[0] == 5
+    assert_same(copy, expected)
+
+
+def test_when_all_are_damaged_it_begins_again(base, copy, expected):
+    for step in (4, 6):
+        flip(copy / "work" / f"checkpoint-{step}" / "scheduler.pt")
+    with pytest.warns(UserWarning, match="scheduler.pt is damaged"):
+        train(copy, base)
+    assert seen_steps(copy)[0] == 1
+    assert_same(copy, expected)
+
+
+def test_an_adapter_to_begin_from_is_part_of_a_training(base, copy, undisturbed):
+    with pytest.warns(UserWarning, match="its adapter before differs"):
+        assert first_step(base, copy, adapter_in=undisturbed / "A") == 1

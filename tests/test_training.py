@@ -224,7 +224,6 @@ def plain_training(
     optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=decay)
     steps = -(-len(records) // size)
     schedule = get_scheduler("cosine", optimiser, num_warmup_steps=warmup, num_training_steps=steps)
-    curve = schedule.lr_lambdas[0]
     rows = []
     for at in range(0, len(records), size):
         optimiser.param_groups[0]["lr"] = rate * schedule.lr_lambdas[0](at // size + 0.5)  # a step's middle

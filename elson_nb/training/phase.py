@@ -6,7 +6,7 @@
 __all__ = ['encode_phase', 'training_facts', 'order_of', 'held_out_loss', 'PhaseResult', 'train_phase', 'go_on', 'gate_measure',
            'peak_memory_gb', 'phase_totals']
 
-# %% ../../nbs/3_training/06_phase.ipynb #3605f39d
+# %% ../../nbs/3_training/06_phase.ipynb #3e2de07e
 import hashlib
 import resource
 import shutil
@@ -22,7 +22,7 @@ from transformers import PrinterCallback
 from ..curriculum.schedules import gated, passes, replay_share
 from ..recipes import Recipe, TrainingConfig
 from ..store import file_sha256
-from .adapter import TrainingError, attach_adapter, save_adapter
+from .adapter import TrainingError, attach_adapter, gathered, save_adapter
 from .base import load_base
 from .batches import Example, encode, example_losses
 from .checkpoints import newest
@@ -94,7 +94,7 @@ def held_out_loss(
 
     return measure
 
-# %% ../../nbs/3_training/06_phase.ipynb #83a87bdc
+# %% ../../nbs/3_training/06_phase.ipynb #2cca6ab0
 @dataclass(frozen=True)
 class PhaseResult:
     "What a phase hands over: the adapter, a row per step and per block, totals, the model in memory."
@@ -165,9 +165,15 @@ def train_phase(
         "training": trainer.facts,
         **(provenance or {}),
     }
+    state = gathered(model)
     if trainer.is_world_process_zero():
         save_adapter(
-            trainer.accelerator.unwrap_model(model), tokenizer, adapter_out, metadata, recipe.model.name
+            trainer.accelerator.unwrap_model(model),
+            tokenizer,
+            adapter_out,
+            metadata,
+            recipe.model.name,
+            state,
         )
         if checkpoints is None:
             shutil.rmtree(work, ignore_errors=True)
