@@ -24,6 +24,7 @@ from elson_nb.training.dora import (
     FastDora,
     MergedDora,
     accelerate_dora,
+    exact_magnitudes,
     fast_layers,
     mark_step,
     norm_evaluations,
@@ -180,6 +181,19 @@ def test_gain_of_a_layer_is_within_a_millionth_of_float64(form):
     prepared = layer.prepare("default", torch.zeros(1, 64))
     assert (prepared.merged is not None) == (form == "merged")
     assert float(((prepared.gain.double() - exact) / exact).abs().max()) <= 1e-6
+
+
+def test_fresh_magnitudes_on_a_base_in_half_precision_are_the_norms_themselves():
+    settings = {"r": 4, "use_dora": True, "target_modules": LINEAR, "init_lora_weights": False}
+    model = get_peft_model(llama().bfloat16(), LoraConfig(**settings))
+    accelerate_dora(model)
+    apart = []
+    for _ in range(2):
+        gains = [layer.prepare("default", torch.zeros(1).bfloat16()).gain for layer in fast_layers(model)]
+        apart.append(max(float((gain - 1).abs().max()) for gain in gains))
+        exact_magnitudes(model)
+        mark_step(model)
+    assert apart[1] < 1e-6 < 1e-3 < apart[0]
 
 
 @pytest.mark.parametrize("biased", [True, False])

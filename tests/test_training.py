@@ -331,6 +331,15 @@ def test_the_metadata_says_what_was_trained(base, phase_a):
     assert not list(phase_a.adapter.parent.glob(".checkpoints*")), "checkpoints of a finished phase are left"
 
 
+def test_nobody_is_told_of_a_training(base, tmp_path, monkeypatch):
+    """The library would report each one, from a thread that asks for an address, hence reads the environment, while
+    Accelerate writes to it: with no network in reach that ended one training in a few with a segmentation fault."""
+    told = []
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *args, **more: told.append(args))
+    train(base, tmp_path / "A", records=make_records(4))
+    assert told == []
+
+
 # what goes wrong is seen
 
 
