@@ -54,7 +54,8 @@ LONG = (
     "adapter.lora_dropout=0.2",
     "training.num_train_epochs=3",
 )  # 12 steps, so that there is time to stop it
-NOISE = 5e-6  # of fp32: sums in another order; seen up to 8e-7
+NOISE = 2e-6  # of losses and gradients in fp32, summed in another order; seen up to 1.2e-7
+WEIGHTS = 2e-4  # of weights: Adam divides by the size of a gradient, the smallest too; seen up to 3.5e-5
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,7 +92,7 @@ def same_losses(one: list[dict], other: list[dict], within: float = NOISE) -> No
     assert len(one) == len(other) == 4 and one[0]["loss"] - one[-1]["loss"] > 0.05
     for a, b in zip(one, other, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=within)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=10 * within)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=within)
         assert (a["records"], a["tokens"]) == (b["records"], b["tokens"])
 
 
@@ -227,13 +228,13 @@ def test_two_processes_train_as_one(alone, together):
     assert counts[0] != counts[1], "as many micro-batches in both: the test shows less than it should"
     same_losses(one["steps"], first["steps"])
     assert [row["loss"] for row in second["steps"]] == [row["loss"] for row in first["steps"]]
-    assert distance(alone[0] / "plain", folder / "plain") < NOISE
+    assert distance(alone[0] / "plain", folder / "plain") < WEIGHTS
 
 
 def test_a_process_without_a_record_takes_part_and_adds_nothing(alone, together):
     one, two = (result["steps"][-1] for result in (alone[1]["plain"], together[1]["plain"][1]))
     assert one["records"] == two["records"] == 1 and two["micro_batches"] == 1
-    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=10 * NOISE)
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=NOISE)
 
 
 def test_processes_end_domain_blocks_together(together):

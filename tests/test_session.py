@@ -21,8 +21,8 @@ from elson_nb.recipes import load_recipe
 from elson_nb.session.chain import explain
 from elson_nb.session.ledger import STEPS, Ledger
 from elson_nb.store import file_sha256
-from elson_nb.training.base import fetch_base, load_tokenizer
 from elson_nb.training.adapter import ADAPTER_FILES
+from elson_nb.training.base import fetch_base, load_tokenizer
 
 ELSON = [sys.executable, "-c", "from elson_nb.cli.main import main; main()"]
 

@@ -158,6 +158,9 @@ class PhaseTrainer(SFTTrainer):
         self.reporter = reporter
         reporter.trainer = self
 
+    def _send_telemetry(self) -> None:
+        "Nobody is told that a model is trained here."
+
     def get_train_dataloader(self) -> Iterator[list[Example]]:
         "Steps as the order gives them; it may decide the next one only when the last is over."
         return self.steps()
