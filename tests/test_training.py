@@ -332,8 +332,8 @@ def test_the_metadata_says_what_was_trained(base, phase_a):
 
 
 def test_nobody_is_told_of_a_training(base, tmp_path, monkeypatch):
-    """The library would report each one from a thread that reads the environment while Accelerate writes to it:
-    with no network in reach, one training in a few ended in a segmentation fault."""
+    """The library would report each one from a thread that reads the environment while Accelerate writes
+    to it: with no network in reach, one training in a few ended in a segmentation fault."""
     told = []
     monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *args, **more: told.append(args))
     train(base, tmp_path / "A", records=make_records(4))
