@@ -18,11 +18,10 @@ from elson_nb.session.terminal import print_dry_run
 from elson_nb.training import forecast as model
 from elson_nb.training.adapter import attach_adapter
 from elson_nb.training.base import fetch_base, load_tokenizer
-from elson_nb.training.batches import count_tokens, encode
+from elson_nb.training.batches import count_tokens, encode, micro_batches, padded
 from elson_nb.training.forecast import Load, ModelShape, kept_by_block, load_of, memory, operations
 from elson_nb.training.head import answer_loss
-from elson_nb.training.phase import order_of
-from elson_nb.training.trainer import micro_batches, padded
+from elson_nb.training.order import order_of
 
 QWEN_14B = ModelShape(5120, 13824, 48, 40, 8, 128, 152064, tied=False)
 SIZES = {

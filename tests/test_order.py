@@ -14,10 +14,10 @@ from transformers import TrainerControl, get_scheduler
 
 from elson_nb.recipes import CompetenceConfig, load_recipe
 from elson_nb.training.base import load_base, make_random_base
-from elson_nb.training.batches import Example, encode, example_losses
+from elson_nb.training.batches import Example, encode, example_losses, micro_batches, padded
 from elson_nb.training.order import BlockOrder, Order, blocks_of, competent
 from elson_nb.training.phase import train_phase
-from elson_nb.training.trainer import BlockGate, StepReporter, micro_batches, padded
+from elson_nb.training.trainer import BlockGate, StepReporter
 
 many = settings(derandomize=True, deadline=None, max_examples=150)
 

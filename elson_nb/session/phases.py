@@ -30,8 +30,8 @@ from ..training.adapter import ADAPTER_FILES, attach_adapter
 from ..training.base import fetch_base, load_base
 from ..training.batches import encode, example_losses, format_prompt
 from ..training.launch import train_in_processes
-from ..training.order import BlockOrder
-from ..training.phase import PhaseResult, order_of, train_phase
+from ..training.order import BlockOrder, order_of
+from ..training.phase import PhaseResult, train_phase
 
 # %% ../../nbs/6_session/02_phases.ipynb #cd89785b
 LOSS_BANDS = {"A": ((1.5, 2.0), (0.8, 1.0)), "B": ((0.8, 1.0), (0.5, 0.7)), "C": ((0.5, 0.7), (0.3, 0.5))}

@@ -56,7 +56,7 @@ def attach_adapter(model, recipe: Recipe, adapter_in: Path | None, trainable: bo
         exact_magnitudes(model)
     return model
 
-# %% ../../nbs/3_training/02b_adapter.ipynb #91e381f7
+# %% ../../nbs/3_training/02b_adapter.ipynb #4bd10e01
 ADAPTER_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -85,6 +85,8 @@ def save_adapter(
     tokenizer.save_pretrained(partial, save_jinja_files=False)
     config = json.loads((partial / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = base_name
+    if isinstance(config["target_modules"], list):  # PEFT keeps a set, whose order differs from run to run
+        config["target_modules"].sort()
     write_json(partial / "adapter_config.json", config)
     write_json(partial / "training_metadata.json", metadata)
     for path in partial.iterdir():

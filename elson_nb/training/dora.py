@@ -44,7 +44,7 @@ def squared_rows(weight: Tensor) -> Tensor:  # (out,), at least float32
     kind = torch.promote_types(weight.dtype, torch.float32)
     return torch.linalg.vector_norm(weight, dim=1, dtype=kind) ** 2
 
-# %% ../../nbs/3_training/02_dora.ipynb #45a2d18d
+# %% ../../nbs/3_training/02_dora.ipynb #f6419ade
 @dataclass
 class Prepared:
     "What the forward and backward passes of one layer share until its parameters change."
@@ -54,6 +54,14 @@ class Prepared:
     merged: Tensor | None  # (out, in) gain * (W + sBA), where the whole matrix is used
     low: tuple[Tensor, Tensor]  # a and b in the type of the computation
     exact: bool  # False where a magnitude is zero: then the output does not tell the magnitude's gradient
+
+    def outdated(self) -> None:
+        "Not to be used again; its memory may be."
+        self.state = (*self.state[:-1], None)
+
+    def room(self, state: tuple) -> Tensor | None:
+        "Memory of the merged matrix, for a later state of the same adapter in the same form."
+        return self.merged if self.state[:-1] == state[:-1] else None
 
 
 def state_of(*tensors: Tensor) -> tuple:
@@ -139,7 +147,7 @@ class FactoredDora(Function):
         dbias = grad.sum(0) if ctx.needs_input_grad[6] else None
         return dx, da.to(ctx.kind), db.to(ctx.kind), dm, None, None, dbias, None, None, None
 
-# %% ../../nbs/3_training/02_dora.ipynb #7658ea42
+# %% ../../nbs/3_training/02_dora.ipynb #1a87b64d
 def dequantize_4bit(stored: Tensor, state) -> Tensor:  # (out, in)
     "The matrix that bitsandbytes holds in four bits."
     from bitsandbytes.functional import dequantize_4bit
@@ -206,20 +214,24 @@ class FastDora:
         plain = not hasattr(stored, "quant_state")  # four bits may be stored as floats
         whole = exact and plain and not self.dropping(name) and self.__dict__["_form"] != "factored"
         watched = state_of(a, b, m, stored) if self.__dict__["_watch"] else ()
-        state = (name, self.scaling[name], whole, kind, watched)
+        state = (name, self.scaling[name], whole, kind, stored.device, watched)
         known = self.__dict__.get("_prepared")
         if known is None or known.state != state:
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                known = self.__dict__["_prepared"] = self.compute(name, state, whole, kind)
+                room = known and known.room(state)
+                known = self.__dict__["_prepared"] = self.compute(name, state, whole, kind, room)
             self.__dict__["_norms"] += 1
         return known
 
-    def compute(self, name: str, state: tuple, whole: bool, kind: torch.dtype) -> Prepared:
+    def compute(
+        self, name: str, state: tuple, whole: bool, kind: torch.dtype, room: Tensor | None
+    ) -> Prepared:
         "The norm, and with it the gain and, for the merged form, the whole matrix."
         a, b = self.lora_A[name].weight.detach(), self.lora_B[name].weight.detach()
         m, merged = self.lora_magnitude_vector[name].weight.detach(), None
         if whole:
-            merged = torch.addmm(self.base_weight(), b.to(kind), a.to(kind), alpha=self.scaling[name])
+            low, scaling = (b.to(kind), a.to(kind)), self.scaling[name]
+            merged = torch.addmm(self.base_weight(), *low, alpha=scaling, out=room)
             norm = torch.linalg.vector_norm(merged, dim=1)
         else:
             norm = row_norms(self.base_weight(), a, b, self.scaling[name], self.base_squares())
@@ -243,7 +255,7 @@ def computing_type(x: Tensor) -> torch.dtype:
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
-# %% ../../nbs/3_training/02_dora.ipynb #2fc50e6a
+# %% ../../nbs/3_training/02_dora.ipynb #8345d89c
 def not_covered(layer: LoraLayer) -> str:
     "Why a DoRA layer must stay PEFT's; empty when it need not."
     if not all(type(v) is DoraLinearLayer for v in layer.lora_magnitude_vector.values()):
@@ -307,6 +319,7 @@ def exact_magnitudes(model: nn.Module) -> None:
         for name, magnitude in layer.lora_magnitude_vector.items():
             a, b = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
             magnitude.weight.data.copy_(row_norms(layer.base_weight(), a, b, layer.scaling[name]))
+    mark_step(model)
 
 
 def fast_layers(model: nn.Module) -> list[FastDora]:
@@ -315,9 +328,10 @@ def fast_layers(model: nn.Module) -> list[FastDora]:
 
 
 def mark_step(model: nn.Module) -> None:
-    "Say that parameters changed, after each optimiser step: what was computed for the last one is dropped."
+    "Say that parameters changed, after each optimiser step: what was computed for it is outdated."
     for layer in fast_layers(model):
-        layer.__dict__["_prepared"] = None
+        if layer.__dict__["_prepared"]:
+            layer.__dict__["_prepared"].outdated()
 
 
 def norm_evaluations(model: nn.Module) -> int:

@@ -9,7 +9,7 @@ __all__ = ['GB', 'READ_FROM', 'KEPT_ANYWAY', 'PROCESS_GB', 'HOLES', 'HEAD_CHUNK'
            'tokens_that_fit', 'Load', 'every_step', 'load_of', 'rough_load', 'label_share', 'machine_roof', 'roof_here',
            'training_seconds', 'forecast_phase', 'compare']
 
-# %% ../../nbs/3_training/07_forecast.ipynb #05c459e9
+# %% ../../nbs/3_training/07_forecast.ipynb #c8b2907a
 import re
 import statistics
 import time
@@ -23,8 +23,8 @@ from ..curriculum.schedules import gated, passes
 from ..recipes import Recipe
 from ..store import StoreError
 from .base import locate_base
-from .batches import Example
-from .order import BlockOrder, Order
+from .batches import Example, micro_batches
+from .order import BlockOrder, Order, order_of
 
 # %% ../../nbs/3_training/07_forecast.ipynb #0fd4ef16
 @dataclass(frozen=True)
@@ -307,7 +307,7 @@ def every_step(order: Order) -> Iterator[list[int]]:
         if isinstance(order, BlockOrder) and order.step >= order.room(order.block):
             order.close("", {})
 
-# %% ../../nbs/3_training/07_forecast.ipynb #f02f6181
+# %% ../../nbs/3_training/07_forecast.ipynb #ed7c5945
 def load_of(
     recipe: Recipe,
     phase: str,
@@ -316,9 +316,6 @@ def load_of(
     label_share: float,  # share of the tokens that carries loss
 ) -> Load:
     "What the phase puts through the model, by going through its steps."
-    from elson_nb.training.phase import order_of  # here, since it takes seconds to import the trainer
-    from elson_nb.training.trainer import micro_batches
-
     training = recipe.training
     examples = [Example(f"{n:07}", range(length), ()) for n, length in enumerate(lengths)]
     real = whole = square = steps = largest = count = 0
