@@ -405,7 +405,8 @@ def test_a_child_that_dies_is_an_error_with_the_last_lines_of_its_log(base, tmp_
     assert not (tmp_path / "B").exists()
 
 
-def test_a_second_signal_ends_a_child_that_does_not_listen(base, tmp_path, monkeypatch, heard):
+def test_a_ctrl_c_after_a_sigterm_ends_a_child_that_does_not_listen(base, tmp_path, monkeypatch, heard):
+    numbers = iter((signal.SIGTERM, signal.SIGINT))
     row = json.dumps({"on_step": {"step": 1}})
     stand_in(
         monkeypatch,
@@ -417,7 +418,7 @@ def test_a_second_signal_ends_a_child_that_does_not_listen(base, tmp_path, monke
         launched(
             base,
             tmp_path / "B",
-            on_step=lambda row: os.kill(os.getpid(), signal.SIGTERM),
+            on_step=lambda row: os.kill(os.getpid(), next(numbers)),
         )
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / ".launch-B" / "pid").read_text()), 0)

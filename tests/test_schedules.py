@@ -302,7 +302,6 @@ def test_a_dry_run_forecasts_the_schedule(corpus):
         assert flat["phases"][slot]["records"] == 2 * plain["phases"][slot]["records"]
         assert sum(flat["phases"][slot]["tiers"].values()) == flat["phases"][slot]["records"]
     assert flat["total"]["tokens"] == 2 * plain["total"]["tokens"]
-    assert flat["total"]["minutes"] == pytest.approx(plain["total"]["minutes"], abs=0.02)
     assert flat["total"]["steps"] <= plain["total"]["steps"]
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOG', 'HEADER', 'difficulties', 'improvements', 'entry_text', 'write_entry', 'log_session']
 
-# %% ../../nbs/6_session/07_log.ipynb #c53d76b3
+# %% ../../nbs/6_session/07_log.ipynb #248ef023
 import fcntl
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..recipes import PHASES
 from .ledger import STEPS, Ledger
 from ..store import read_json, write_atomic
 
-# %% ../../nbs/6_session/07_log.ipynb #352f70d3
+# %% ../../nbs/6_session/07_log.ipynb #1e6bb2ab
 LOG = "TRAINING_LOG.md"
 HEADER = (
     "# Training log\n\nOne entry a session, the newest last. What a person adds stands after *by hand*.\n"
@@ -33,7 +33,8 @@ def difficulties(ledger: Ledger) -> list[str]:
         found.append(f"{data['buckets']['set_aside']:,} rows of the corpus were set aside")
     if data["too_long"]:
         found.append(f"{data['too_long']:,} records were over the length limit and left out")
-    found += [f"phase {p}: {note}" for p in PHASES for note in data["phases"][p]["notes"]]
+    notes = [(p, note) for p in PHASES for note in data["phases"][p]["notes"]]
+    found += [f"phase {p}: {note}" for p, note in notes if not note.startswith("schedule ")]
     return found or ["none recorded"]
 
 
@@ -45,19 +46,19 @@ def improvements(ledger: Ledger) -> list[str]:
         rose = [r for r in metrics["held_out"]["by_domain"] if r["low"] > 0]
         found += [
             f"phase {p} raised held-out loss in {r['domain']} by {r['change']:.2f} (n={r['n']}): "
-            "more of its records, or "
-            f"a smaller learning rate"
+            "more of its records, or a smaller learning rate"
             for r in rose
         ]
-        forecast = ledger.metrics("0")["forecast"][p]["minutes"]
-        if forecast and not 0.67 < metrics["totals"]["minutes"] / forecast < 1.5:
+        forecast, speed = ledger.metrics("0")["forecast"][p], metrics["totals"]["tokens_per_second"]
+        if not 0.67 < speed / forecast["tokens_per_second"] < 1.5:
+            mend = f": set budget.tokens_per_second to {speed:.0f}" if "assumed" in forecast["basis"] else ""
             found.append(
-                f"phase {p} took {metrics['totals']['minutes']:.1f} minutes for {forecast:.1f} forecast: set "
-                f"budget.tokens_per_second to {metrics['totals']['tokens_per_second']:.0f}"
+                f"phase {p} trained {speed:.0f} tokens a second, forecast were "
+                f"{forecast['tokens_per_second']:.0f} ({forecast['basis']}){mend}"
             )
     return found or ["none suggested by the figures"]
 
-# %% ../../nbs/6_session/07_log.ipynb #8161e599
+# %% ../../nbs/6_session/07_log.ipynb #8a6a51b1
 def entry_text(ledger: Ledger) -> str:
     "The entry of a finished session, as Markdown between its markers."
     name, recipe, final = ledger.folder.name, ledger.recipe, ledger.metrics("D")
@@ -74,8 +75,8 @@ def entry_text(ledger: Ledger) -> str:
     return f"""<!-- run {name} -->
 ## {name}
 
-Verdict **{final["verdict"]}** · recipe {recipe.name} ({recipe.fingerprint()}) ·
-commit {ledger.data["provenance"]["commit"]} ·
+Verdict **{final["verdict"]}** · recipe {recipe.name} ({recipe.fingerprint()}),
+schedule {recipe.curriculum.schedule} · commit {ledger.data["provenance"]["commit"]} ·
 {ledger.data["provenance"]["machine"]}
 
 | phase | verdict | steps | minutes | final loss | held-out change [95%] |
@@ -100,7 +101,7 @@ Improvements to try:
 <!-- end {name} -->
 """
 
-# %% ../../nbs/6_session/07_log.ipynb #f6d8ac2f
+# %% ../../nbs/6_session/07_log.ipynb #972faad9
 def write_entry(log: Path, run: str, text: str) -> Path:
     "Put an entry into the log, in the place of an older one of the same run. Safe under two writers."
     log = Path(log)
