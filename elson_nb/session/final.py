@@ -15,6 +15,7 @@ from ..evaluation.inference import run_inference_test
 from elson_nb.evaluation.statistics import (
     CANNOT_TELL,
     FAIL,
+    NOT_APPLICABLE,
     PASS,
     compare_answers,
     mean_change,
@@ -25,7 +26,6 @@ from elson_nb.evaluation.statistics import (
 )
 from ..recipes import PHASES
 from .ledger import Ledger
-from .phases import NOT_APPLICABLE
 from ..store import open_store, read_json, write_json
 from ..training.adapter import attach_adapter
 from ..training.base import fetch_base, load_base

@@ -10,13 +10,15 @@ __all__ = ['BADGES', 'CHANGE_COLUMNS', 'badge', 'shown', 'table', 'text_block', 
 # %% ../../nbs/6_session/05_reporting.ipynb #df05d7ae
 import html
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from IPython.display import HTML, DisplayHandle, display
 
-from ..evaluation.statistics import CANNOT_TELL, FAIL, NOT_MEASURED, PASS
+from ..evaluation.statistics import CANNOT_TELL, FAIL, NOT_APPLICABLE, NOT_MEASURED, PASS
 from .ledger import Ledger
-from .phases import NOT_APPLICABLE, PhaseStep
-from ..training.forecast import compare
+
+if TYPE_CHECKING:  # with the training engine it takes seconds to import, and the command only shows results
+    from elson_nb.session.phases import PhaseStep
 
 # %% ../../nbs/6_session/05_reporting.ipynb #555cecda
 BADGES = {
@@ -142,7 +144,7 @@ def provenance_table(ledger: Ledger) -> HTML:
     return table([{"what": k, "value": v} for k, v in rows.items()])
 
 
-def step_settings(step: PhaseStep) -> HTML:
+def step_settings(step: "PhaseStep") -> HTML:
     "The settings that decide a phase."
     t, phase = step.recipe.training, step.recipe.phases[step.phase]
     rows = {
@@ -163,8 +165,10 @@ def step_settings(step: PhaseStep) -> HTML:
     return table([{"setting": k, "value": v} for k, v in rows.items()])
 
 # %% ../../nbs/6_session/05_reporting.ipynb #ea8d5a94
-def forecast_table(step: PhaseStep) -> HTML:
+def forecast_table(step: "PhaseStep") -> HTML:
     "Steps, minutes, tokens a second and memory: forecast, measured, and the one as a multiple of the other."
+    from elson_nb.training.forecast import compare
+
     told = step.ledger.metrics("0")["forecast"][step.phase]
     rows = compare(told, step.result.totals)
     columns = {
@@ -177,7 +181,7 @@ def forecast_table(step: PhaseStep) -> HTML:
     return HTML(f"{table(rows, columns).data}<p>Basis: {basis}. Looks at held-out loss are not in it.</p>")
 
 # %% ../../nbs/6_session/05_reporting.ipynb #31eb6ec8
-def block_rule(step: PhaseStep) -> str:
+def block_rule(step: "PhaseStep") -> str:
     "The rule by which the blocks of a phase end, in words."
     c = step.recipe.training.competence
     phase, schedule = step.recipe.phases[step.phase], step.recipe.curriculum.schedule
@@ -193,7 +197,7 @@ def block_rule(step: PhaseStep) -> str:
     return f"A block ends on: {rules[c.rule]}; {look}. Order of the blocks: {phase.block_order}."
 
 
-def block_table(step: PhaseStep) -> HTML:
+def block_table(step: "PhaseStep") -> HTML:
     "One row a block: steps, held-out loss of its domain before, after and at the phase's end, why it ended."
     rows = step.result.blocks
     shown = []
@@ -221,7 +225,7 @@ def block_table(step: PhaseStep) -> HTML:
     return HTML(f"<p>{rule}</p>{table(shown, columns).data if shown else ''}")
 
 # %% ../../nbs/6_session/05_reporting.ipynb #9f465a29
-def masked_examples(step: PhaseStep, count: int = 3) -> HTML:
+def masked_examples(step: "PhaseStep", count: int = 3) -> HTML:
     "The first records of the phase as the model sees them."
     blocks = []
     for record in step.records[:count]:
@@ -239,7 +243,7 @@ def masked_examples(step: PhaseStep, count: int = 3) -> HTML:
     return HTML("".join(blocks))
 
 # %% ../../nbs/6_session/05_reporting.ipynb #7fc1e5a3
-def answer_samples(step: PhaseStep) -> HTML:
+def answer_samples(step: "PhaseStep") -> HTML:
     "Greedy answers to held-out questions before and after the phase, beside the expected one."
     blocks = []
     for record in step.held:
@@ -264,7 +268,7 @@ def answer_samples(step: PhaseStep) -> HTML:
     return HTML("".join(blocks))
 
 # %% ../../nbs/6_session/05_reporting.ipynb #a450912e
-def worst_records(step: PhaseStep, count: int = 3) -> HTML:
+def worst_records(step: "PhaseStep", count: int = 3) -> HTML:
     "The held-out records on which the phase did most harm, or least good."
     return table(
         [
@@ -291,7 +295,7 @@ CHANGE_COLUMNS = {
 }
 
 
-def change_table(step: PhaseStep, key: str) -> HTML:
+def change_table(step: "PhaseStep", key: str) -> HTML:
     "Held-out loss per domain or tier: before, after, change with interval, verdict."
     return table(step.groups(key), {key: "tier" if key == "difficulty" else key, **CHANGE_COLUMNS})
 
