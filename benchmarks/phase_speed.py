@@ -50,7 +50,8 @@ def real_records(recipe, count: int) -> list[dict]:
     tokenizer = load_tokenizer(fetch_base(recipe.model))
     with tempfile.TemporaryDirectory() as folder:
         write_corpus(Path(folder), seed=42, scale=0.03, domains=recipe.curriculum.corpus_domains)
-        records = [r for path in sorted(Path(folder).glob("*.json*")) for r in read_records(path)]
+        files = sorted(Path(folder).glob("*_training_data.json*"))
+        records = [r for path in files for r in read_records(path)]
     short = [r for r in records if len(encode(r, tokenizer)) <= recipe.training.max_length]
     return short[:: max(1, len(short) // count)][:count]
 
