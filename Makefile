@@ -36,5 +36,6 @@ bench: setup          ## benchmarks; figures go to benchmarks/results
 	$(BIN)/python benchmarks/dora_speed.py --out benchmarks/results/dora_speed.json
 	$(BIN)/python benchmarks/phase_speed.py --out benchmarks/results/phase_speed.json
 	$(BIN)/python benchmarks/kill_and_resume.py --out benchmarks/results/kill_and_resume.json
+	$(BIN)/python benchmarks/forecast_check.py --out benchmarks/results/forecast_check.json
 
 .PHONY: run test setup sync lab bench

@@ -16,7 +16,6 @@ drawn dropout.
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -32,8 +31,7 @@ from peft import LoraConfig
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from elson_nb.corpus.records import read_jsonl
-from elson_nb.corpus.synthesis import write_corpus
+from elson_nb.corpus.synthesis import build_files
 from elson_nb.recipes import load_recipe
 from elson_nb.session.ledger import provenance
 from elson_nb.store import write_json
@@ -48,16 +46,10 @@ DROPOUT = 0.05
 def real_records(recipe, count: int) -> list[dict]:
     "Records of the generated corpus within `max_length`, evenly from all its files."
     tokenizer = load_tokenizer(fetch_base(recipe.model))
-    with tempfile.TemporaryDirectory() as folder:
-        write_corpus(Path(folder), seed=42, scale=0.03, domains=recipe.curriculum.corpus_domains)
-        files = sorted(Path(folder).glob("*_training_data.json*"))
-        records = [r for path in files for r in read_records(path)]
+    files, _ = build_files(seed=42, scale=0.03, domains=recipe.curriculum.corpus_domains)
+    records = [record for made in files.values() for record in made]
     short = [r for r in records if len(encode(r, tokenizer)) <= recipe.training.max_length]
     return short[:: max(1, len(short) // count)][:count]
-
-
-def read_records(path: Path) -> list[dict]:
-    return json.loads(path.read_text()) if path.suffix == ".json" else list(read_jsonl(path))
 
 
 def train_with_trl(recipe, records: list[dict], recompute: bool, folder: Path) -> dict:

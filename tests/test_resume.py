@@ -361,6 +361,7 @@ AT_ONCE = (
 @pytest.mark.parametrize(
     "phase, settings",
     [
+        ("A", ["training.competence.max_steps=3"]),
         ("A", ["training.checkpoint_every=50", *AT_ONCE]),
         ("B", ["training.checkpoint_every=50"]),
     ],

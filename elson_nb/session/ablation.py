@@ -27,8 +27,8 @@ from ..curriculum.sampling import sample_phases, write_samples
 from ..curriculum.schedules import arrange, learning_rate_span, passes
 from ..recipes import PHASES, Recipe, save_recipe
 from .chain import corpus_hash
-from .ledger import SessionError, digest, locked, provenance
-from ..store import file_sha256, read_json, write_json
+from .ledger import SessionError, locked, provenance
+from ..store import digest, file_sha256, read_json, write_json
 from ..training.adapter import attach_adapter
 from ..training.base import fetch_base, load_base, load_tokenizer
 from ..training.batches import count_tokens, encode, example_losses

@@ -31,8 +31,8 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets import CaselessStrEnum, default
 
 from ..recipes import PHASES
-from .ledger import STEPS, Ledger, SessionError, digest, locked
-from ..store import file_sha256
+from .ledger import STEPS, Ledger, SessionError, locked
+from ..store import digest, file_sha256
 
 # %% ../../nbs/6_session/06_chain.ipynb #5d2d7b5a
 PHASE_NOTEBOOKS = (Path(__file__).parents[2] if "__file__" in globals() else Path("../..")) / "nbs" / "phases"

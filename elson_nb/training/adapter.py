@@ -79,9 +79,8 @@ def save_adapter(
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}-partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(
-        partial, state_dict=state, save_embedding_layers=False
-    )  # "auto" would ask the hub for the vocabulary
+    # no embeddings: "auto" would ask the hub for the vocabulary
+    model.save_pretrained(partial, state_dict=state, save_embedding_layers=False)
     tokenizer.save_pretrained(partial, save_jinja_files=False)
     config = json.loads((partial / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = base_name

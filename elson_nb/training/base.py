@@ -182,23 +182,20 @@ def load_base(recipe: Recipe, folder: Path | None = None):
     dtype = getattr(torch, config.dtype)
     options = {}
     if config.quantization == "nf4":
+        storage = dtype if is_sharded() else torch.uint8  # only floats can be cut into shards
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=dtype
-            if is_sharded()
-            else torch.uint8,  # only floats can be cut into shards
+            bnb_4bit_quant_storage=storage,
         )
     if torch.cuda.is_available() and not is_sharded():  # what is sharded goes to its devices later
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, **options
     )
-    for layer in model.modules():
-        if hasattr(
-            layer, "support_avx512bf16_for_cpu"
-        ):  # or what is scored on a CPU is packed, and trains no more
+    for layer in model.modules():  # or what is scored on a CPU is packed, and trains no more
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     return model, load_tokenizer(folder)

@@ -88,8 +88,8 @@ def newest(folder: Path, facts: dict) -> Path | None:
 
 def prune(folder: Path, keep: int, facts: dict) -> None:
     "Keep the newest `keep` checkpoints of this training; to be called when one was completed."
-    whole = [p for p in all_checkpoints(folder) if marker_of(p) is not None]
-    kept = [p for p in whole if not differing(marker_of(p), facts)][:keep]
-    for old in set(all_checkpoints(folder)) - set(kept):
+    found = all_checkpoints(folder)
+    ours = [p for p in found if (marker := marker_of(p)) is not None and not differing(marker, facts)]
+    for old in set(found) - set(ours[:keep]):
         (old / MARKER).unlink(missing_ok=True)  # first: a half-removed folder must not pass for a checkpoint
         shutil.rmtree(old)

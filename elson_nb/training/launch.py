@@ -201,8 +201,7 @@ def train_in_processes(
     held: list[dict] | None = None,  # held-out records; blocks end on their loss
     on_block: Callable[[dict], None] | None = None,  # called with a row at the end of every domain block
     checkpoints: Path | None = None,  # folder of checkpoints, kept for the caller; None = a temporary one
-    cycle: tuple[int, int]
-    | None = None,  # first step and length of the learning-rate cycle; None = the phase
+    cycle: tuple[int, int] | None = None,  # first step and length of the learning-rate cycle
 ) -> PhaseResult:
     "`train_phase` in `training.processes` processes; raises `TrainingError` with what the failing one said."
     folder = (

@@ -94,8 +94,7 @@ class PhaseTrainer(SFTTrainer):
         facts: dict,  # what a checkpoint must agree with to be taken up
         reporter: "StepReporter",
         keep: int = 2,  # checkpoints
-        cycle: tuple[int, int]
-        | None = None,  # first step and length of the learning-rate cycle, else the phase
+        cycle: tuple[int, int] | None = None,  # first step and length of the learning-rate cycle
         **kwargs,
     ):
         exact = [(p, p.data) for p in kwargs["model"].parameters() if p.requires_grad]
