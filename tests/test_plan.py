@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from elson_nb.corpus.shares import apportion
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elson_nb.corpus.buckets import INDEX_SCHEMA, build_buckets, load_index
 from elson_nb.corpus.records import read_jsonl
+from elson_nb.corpus.shares import apportion
 from elson_nb.corpus.taxonomy import high_risk_domains, load_taxonomy
 from elson_nb.curriculum.plan import ShortfallError, domain_cap, plan_cycle, plan_phase
 from elson_nb.curriculum.queues import hold_out, rest_of

@@ -4,11 +4,11 @@ from itertools import product
 
 import numpy as np
 import pytest
-from elson_nb.corpus.shares import apportion
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
+from elson_nb.corpus.shares import apportion
 from elson_nb.curriculum.quotas import answer, level, spread, within_reach
 
 OWN_TIER_ONLY = lambda n: np.where(np.eye(n), 0, np.inf)

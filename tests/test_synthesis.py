@@ -9,11 +9,11 @@ from collections import Counter, defaultdict
 import jsonschema
 import pytest
 import yaml
-from elson_nb.corpus.shares import apportion
 
 from elson_nb.corpus.knowledge import KNOWLEDGE, KnowledgeError, evaluate, read_domain, read_knowledge
 from elson_nb.corpus.questions import CHECK
 from elson_nb.corpus.records import FIELDS, TIERS, record_id
+from elson_nb.corpus.shares import apportion
 from elson_nb.corpus.skeletons import skeleton, skeleton_id
 from elson_nb.corpus.synthesis import SHARES, build_files, build_records, write_corpus
 from elson_nb.corpus.taxonomy import high_risk_domains, load_taxonomy
