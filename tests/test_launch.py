@@ -54,8 +54,8 @@ LONG = (
     "adapter.lora_dropout=0.2",
     "training.num_train_epochs=3",
 )  # 12 steps, so that there is time to stop it
-NOISE = 2e-6  # of losses and gradients in fp32, summed in another order; seen up to 1.2e-7
-WEIGHTS = 2e-4  # of weights: Adam divides by the size of a gradient, the smallest too; seen up to 3.5e-5
+NOISE = 2e-6  # of losses, gradients and weights in fp32, summed in another order; seen up to 4e-7
+SHARDED = 1e-4  # of sharded weights: Adam divides by the size of a gradient, the smallest too; seen 3.5e-5
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -228,7 +228,7 @@ def test_two_processes_train_as_one(alone, together):
     assert counts[0] != counts[1], "as many micro-batches in both: the test shows less than it should"
     same_losses(one["steps"], first["steps"])
     assert [row["loss"] for row in second["steps"]] == [row["loss"] for row in first["steps"]]
-    assert distance(alone[0] / "plain", folder / "plain") < WEIGHTS
+    assert distance(alone[0] / "plain", folder / "plain") < NOISE
 
 
 def test_a_process_without_a_record_takes_part_and_adds_nothing(alone, together):
@@ -310,7 +310,7 @@ def test_shards_train_as_one_process(alone, sharded, kind):
     assert one["sharded"] == 0 and first["sharded"] == second["sharded"] == 62
     assert [r["micro_batches"] for r in first["steps"]] == [r["micro_batches"] for r in second["steps"]]
     same_losses(one["steps"], first["steps"])
-    assert distance(alone[0] / kind, folder / kind) < WEIGHTS
+    assert distance(alone[0] / kind, folder / kind) < SHARDED
     assert first["totals"]["norms_per_layer_and_step"] == 1, "gathered anew is not changed"
 
 
