@@ -37,5 +37,6 @@ bench: setup          ## benchmarks; figures go to benchmarks/results
 	$(BIN)/python benchmarks/phase_speed.py --out benchmarks/results/phase_speed.json
 	$(BIN)/python benchmarks/kill_and_resume.py --out benchmarks/results/kill_and_resume.json
 	$(BIN)/python benchmarks/forecast_check.py --out benchmarks/results/forecast_check.json
+	$(BIN)/python benchmarks/exam_speed.py --out benchmarks/results/exam_speed.json
 
 .PHONY: run test setup sync lab bench

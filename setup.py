@@ -19,7 +19,7 @@ setup(
     description=config["description"],
     packages=find_packages(include=[config["lib_name"], f"{config['lib_name']}.*"]),
     include_package_data=True,
-    package_data={config["lib_name"]: ["*.yaml", "**/*.yaml", "**/*.json"]},
+    package_data={config["lib_name"]: ["*.yaml", "**/*.yaml", "**/*.json", "**/*.css", "**/*.js"]},
     install_requires=listed("requirements"),
     extras_require={"dev": listed("dev_requirements"), "quant": listed("quant_requirements")},
     python_requires=f">={config['min_python']}",

@@ -89,6 +89,9 @@ class PhaseConfig:
     order: str = "shuffled"  # blocks: one domain at a time, easy to hard; or shuffled
     max_domain_share: float = 1.0  # no domain takes more than this share of the phase
     high_risk_weight: float = 1.0  # records of a high-risk domain for one of another, stock allowing
+    domain_weights: dict[str, float] = field(
+        default_factory=dict
+    )  # the same for single domains; they multiply
     learning_rate: float | None = None  # where it differs from training.learning_rate
     block_order: str | list[str] = (
         "taxonomy"  # of the blocks: taxonomy, largest, smallest, or domains to come first
@@ -119,6 +122,11 @@ class PhaseConfig:
             f"max_domain_share is {self.max_domain_share}; it must be in (0, 1]",
         )
         check(self.high_risk_weight > 0, f"high_risk_weight is {self.high_risk_weight}; it must be above 0")
+        low = next((d for d, weight in self.domain_weights.items() if not weight > 0), None)
+        check(
+            low is None,
+            f"domain_weights has {low} at {self.domain_weights.get(low)}; weights must be above 0",
+        )
 
 # %% ../nbs/00_recipes.ipynb #0e1cdf12
 def reference_phases() -> dict[str, PhaseConfig]:

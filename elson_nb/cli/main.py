@@ -6,7 +6,7 @@
 __all__ = ['app', 'release_app', 'RecipeName', 'Settings', 'MixFile', 'Run', 'version_callback', 'root', 'sample', 'check_phase',
            'doctor', 'resumed', 'run', 'new_run', 'finish', 'report', 'release_merge', 'main']
 
-# %% ../../nbs/9_cli/01_main.ipynb #7f4e1d65
+# %% ../../nbs/9_cli/01_main.ipynb #34e9f19e
 import dataclasses
 import webbrowser
 from pathlib import Path
@@ -17,6 +17,8 @@ import typer
 from .. import __version__
 from .ablate import ablate, given_sources
 from .corpus import AsJson, Quiet, buckets_app, corpus_app
+from .evaluate import benchmark_app, compare, evaluate
+from .protocol import log, protocol, show_protocol
 from ..recipes import Recipe, load_recipe, read_mix
 from elson_nb.session.terminal import (
     ProgressLine,
@@ -30,7 +32,7 @@ from elson_nb.session.terminal import (
     sigterm_as_interrupt,
 )
 
-# %% ../../nbs/9_cli/01_main.ipynb #746032be
+# %% ../../nbs/9_cli/01_main.ipynb #cd74643c
 app = typer.Typer(
     help="From finance questions and answers to a domain expert model that another person can check.",
     no_args_is_help=True,
@@ -40,6 +42,7 @@ app = typer.Typer(
 release_app = typer.Typer(help="Turn a finished run into a model that servers take.", no_args_is_help=True)
 app.add_typer(corpus_app, name="corpus")
 app.add_typer(buckets_app, name="buckets")
+app.add_typer(benchmark_app, name="benchmark")
 app.add_typer(release_app, name="release")
 
 RecipeName = Annotated[str, typer.Option("--recipe", help="smoke, laptop, h100, h100-qdora, or a YAML file.")]
@@ -224,8 +227,9 @@ def run(
         )
         finish(ledger, phase, quiet, as_json)
 
-# %% ../../nbs/9_cli/01_main.ipynb #4e43358d
-app.command()(ablate)
+# %% ../../nbs/9_cli/01_main.ipynb #5d963a31
+for command in (ablate, evaluate, compare, protocol, log):
+    app.command()(command)
 
 
 def new_run(recipe: Recipe, corpus: list[Path], runs_dir: Path):
@@ -238,6 +242,7 @@ def finish(ledger, phase: str, quiet: bool, as_json: bool) -> None:
     "Run the chain, write log and report, say how it ended."
     from elson_nb.session.chain import is_complete, run_chain
     from elson_nb.session.log import log_session
+    from elson_nb.session.protocol import protocol as protocol_of
     from elson_nb.session.report import write_report
 
     sigterm_as_interrupt()
@@ -251,36 +256,53 @@ def finish(ledger, phase: str, quiet: bool, as_json: bool) -> None:
             run_chain(ledger, phase, line.step, line.show)
     except KeyboardInterrupt:
         raise fail(f"interrupted; go on with: elson run --resume {ledger.folder}", 130) from None
-    complete = is_complete(ledger)
+    complete, steps = is_complete(ledger), []
     verdict = ledger.metrics("D")["verdict"] if complete else "NOT MEASURED"
     if complete:
         log_session(ledger)
+        steps = protocol_of(ledger)
     page = write_report(ledger)
     result = {"run": str(ledger.folder), "complete": complete, "verdict": verdict, "report": str(page)}
-    emit(
-        result,
-        lambda: out.print(
-            f"run      {ledger.folder}\nverdict  {verdict}\nreport   elson report {ledger.folder} --open",
-            markup=False,
-        ),
-        as_json,
-    )
+    result["protocol"] = steps
+
+    def text() -> None:
+        if steps:
+            show_protocol(steps)
+        page_of = f"report   elson report {ledger.folder} --open"
+        out.print(f"run      {ledger.folder}\nverdict  {verdict}\n{page_of}", markup=False)
+
+    emit(result, text, as_json)
     if verdict == "FAIL":
         raise typer.Exit(1)
 
-# %% ../../nbs/9_cli/01_main.ipynb #fef8c438
+# %% ../../nbs/9_cli/01_main.ipynb #d22d7745
 @app.command()
 def report(
-    run: Run,
+    run: Annotated[
+        Path | None, typer.Argument(help="A run folder, e.g. runs/20261121-093000_laptop.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="One page over all runs.")] = False,
+    runs_dir: Annotated[Path, typer.Option("--runs-dir", help="Folder of the runs, for --all.")] = Path(
+        "runs"
+    ),
     open_page: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    "Write the executed notebooks as HTML with an index page."
+    "Write the executed notebooks as HTML with an index page; with --all one page over every run."
     with plain_errors():
         from elson_nb.session.ledger import Ledger
         from elson_nb.session.report import write_report
 
-        page = write_report(Ledger.open(run))
+        if every == (run is not None):
+            raise ValueError("give a run folder, or --all for all of them")
+        if every and not runs_dir.is_dir():
+            raise ValueError(f"no such folder: {runs_dir}; name the folder of the runs with --runs-dir")
+        if every:
+            from elson_nb.session.site import write_site
+
+            page = write_site(runs_dir)
+        else:
+            page = write_report(Ledger.open(run))
         emit({"report": str(page)}, lambda: out.print(str(page), markup=False), as_json)
         if open_page:
             webbrowser.open(page.resolve().as_uri())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KNOWLEDGE', 'COMPUTATIONS', 'FUNCTIONS', 'CONSTANTS', 'KnowledgeError', 'evaluate', 'Card', 'Family', 'Question',
-           'Domain', 'worked', 'draw', 'sprung', 'read_domain', 'read_knowledge']
+           'Domain', 'draw_value', 'worked', 'draw', 'sprung', 'read_domain', 'read_knowledge']
 
 # %% ../../nbs/1_corpus/05_knowledge.ipynb #c70813bc
 import ast
@@ -156,7 +156,7 @@ def _build(kind: type, data: dict, place: str) -> Any:
         raise KnowledgeError(f"{place}: {str(error).split('() ')[-1]}; add what is missing") from None
 
 # %% ../../nbs/1_corpus/05_knowledge.ipynb #e1c5f513
-def _draw_value(rule: dict, rng: random.Random) -> Any:
+def draw_value(rule: dict, rng: random.Random) -> Any:
     "One value of a parameter."
     if "choices" in rule:
         return rng.choice(rule["choices"])
@@ -182,7 +182,7 @@ def draw(
 ) -> tuple[dict, dict]:  # the parameters alone, and all names with the computed ones
     "Draw the parameters of a problem and compute its results."
     for _ in range(tries):
-        drawn = {name: _draw_value(rule, rng) for name, rule in family.parameters.items()}
+        drawn = {name: draw_value(rule, rng) for name, rule in family.parameters.items()}
         if not family.where or evaluate(family.where, drawn):
             break
     else:

@@ -248,7 +248,8 @@ def plan_phase(
 ) -> PhasePlan:
     "Integers per domain × tier, never over stock or cap. Raises `ShortfallError` under `strict`."
     names, risky = sorted({d for (d, _), n in stock.items() if n}), high_risk_domains()
-    weights = {d: config.high_risk_weight if d in risky else 1.0 for d in names}
+    own = config.domain_weights
+    weights = {d: own.get(d, 1.0) * (config.high_risk_weight if d in risky else 1.0) for d in names}
     counts = lambda table: np.array([[table.get((d, t), 0) for t in TIERS] for d in names], dtype=np.int64)
     pools = pools_of(counts(stock), counts(used or {}), reuse)
     cap, notes = domain_cap(config.max_domain_share, target, len(names))

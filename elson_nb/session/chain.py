@@ -86,6 +86,7 @@ def step_outputs(folder: Path, step: str) -> list[Path]:
         return [
             folder / "D_metrics.json",
             folder / "inference_test_results.json",
+            folder / "next_mix.yaml",
             *sorted((folder / "adapter").iterdir()),
         ]
     return [folder / f"{step}_metrics.json", *sorted((folder / "adapters" / step).iterdir())]

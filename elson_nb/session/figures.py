@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIER_COLOURS', 'BEFORE', 'AFTER', 'smoothed', 'plot_domains', 'plot_cells', 'plot_mix', 'plot_order', 'plot_training',
-           'plot_blocks', 'plot_held_out', 'plot_session', 'plot_benchmark']
+           'plot_blocks', 'plot_held_out', 'plot_session', 'plot_benchmark', 'plot_perplexity']
 
 # %% ../../nbs/6_session/04_figures.ipynb #184d979a
 import matplotlib.pyplot as plt
@@ -248,5 +248,24 @@ def plot_benchmark(rows: list[dict]) -> Figure:
     )
     axes.invert_yaxis()
     axes.legend(fontsize=7)
+    figure.tight_layout()
+    return figure
+
+# %% ../../nbs/6_session/04_figures.ipynb #8ff97ae6
+def plot_perplexity(rows: list[dict]) -> Figure:
+    "Held-out perplexity of the adapter by domain × tier, coloured by its ratio to the base's."
+    domains = sorted({row["domain"] for row in rows})
+    ratio = np.full((len(domains), len(TIERS)), np.nan)
+    figure, axes = plt.subplots(figsize=(6, 1.3 + 0.26 * len(domains)), dpi=100)
+    for row in rows:
+        place = domains.index(row["domain"]), TIERS.index(row["tier"])
+        ratio[place] = row["adapter"] / row["base"]
+        text = f"{row['base']:.3g} → {row['adapter']:.3g}  (n={row['n']})"
+        axes.text(place[1], place[0], text, ha="center", va="center", fontsize=6)
+    bound = max(float(np.nanmax(np.abs(np.log(ratio)), initial=0)), 1e-9)
+    axes.imshow(np.log(ratio), cmap="RdBu_r", vmin=-1.6 * bound, vmax=1.6 * bound, aspect="auto")
+    axes.set_xticks(range(len(TIERS)), TIERS, fontsize=7)
+    axes.set_yticks(range(len(domains)), domains, fontsize=7)
+    axes.set_title("perplexity on held-out answers, base → adapter; blue: lower", fontsize=8)
     figure.tight_layout()
     return figure

@@ -181,7 +181,7 @@ class ProgressLine:
     def show(self, row: dict) -> None:
         text = self.text(row)
         if self.status:
-            self.status.update(text + (f" · {row['age_s']:.0f} s ago" if row["age_s"] > 20 else ""))
+            self.status.update(text + (f" · {row['age_s']:.0f} s ago" if row.get("age_s", 0) > 20 else ""))
         elif not self.quiet and text != self.said and ("message" in row or time.time() - self.at > 15):
             err.print(f"{time.strftime('%H:%M:%S')}  {text}", markup=False)
             self.said, self.at = text, time.time()
