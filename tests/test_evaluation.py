@@ -334,7 +334,7 @@ def answers(right, asked="likelihood", tier=lambda n: "easy"):
     return {"asked": asked, "rows": rows}
 
 
-@settings(derandomize=True, deadline=None, max_examples=12)  # each with four bootstraps
+@settings(derandomize=True, deadline=None, max_examples=5)  # each with bootstraps
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=80))
 def test_a_comparison_adds_up_and_turns_round(pairs):
     one, two = (answers(side) for side in zip(*pairs))

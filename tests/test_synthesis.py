@@ -17,6 +17,8 @@ from elson_nb.corpus.shares import apportion
 from elson_nb.corpus.skeletons import skeleton, skeleton_id
 from elson_nb.corpus.synthesis import SHARES, build_files, build_records, write_corpus
 from elson_nb.corpus.taxonomy import high_risk_domains, load_taxonomy
+from elson_nb.evaluation.benchmark import load_quiz, quiz_names
+from elson_nb.evaluation.contamination import contamination
 
 MAIN = [
     "retirement_planning",
@@ -176,21 +178,9 @@ def test_augmented_records_name_a_parent_of_their_file(built):
 
 
 def test_no_exam_question_is_in_the_corpus(records):
-    held = [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in (KNOWLEDGE.parent / "benchmark").glob("*.json")
-    ]
-    rows = [row for quiz in held for row in (quiz["questions"] if isinstance(quiz, dict) else quiz)]
-    exam = [row["question"] for row in rows]
-    assert len(exam) >= 80
-    words = lambda text: re.findall(r"[a-z0-9]+", text.lower())
-    grams = lambda text, n=13: {
-        tuple(found[at : at + n]) for found in [words(text)] for at in range(len(found) - n + 1)
-    }
-    asked = {gram for question in exam for gram in grams(question)}
-    for record in records:
-        shared = asked & grams(f"{record['instruction']} {record['input']}")
-        assert not shared, (record["instruction"], shared)
+    exam = [question for name in quiz_names() for question in load_quiz(name)]
+    found = contamination(exam, records)
+    assert len(exam) == 431 and found["records"] == len(records) and found["copied"] == []
 
 
 def test_tool_calls_meet_their_schemas(records):
