@@ -81,6 +81,23 @@ def test_evidence_that_goes_is_owed_again(run, harm, expected):
     assert expected | {8} <= found
 
 
+def test_warnings_and_retries_stand_in_the_log(run):
+    "What a notebook printed as a warning, once; what the trainer had to do; text, never markup."
+    book = read_json(run / "A_domain_blocks.ipynb")
+    said = "/tmp/x.py:7: UserWarning: a <b>bold</b> one\n"
+    code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    for cell in code[:2]:
+        cell["outputs"].append({"output_type": "stream", "name": "stderr", "text": said})
+    write_json(run / "A_domain_blocks.ipynb", book)
+    metrics = read_json(run / "B_metrics.json")
+    metrics["totals"]["notes"] = ["step 3: memory ended, 1024 tokens a micro-batch now"]
+    write_json(run / "B_metrics.json", metrics)
+    log_session(Ledger.open(run))
+    entry = entry_in(run.parent / LOG, run.name)
+    assert entry.count("A_domain_blocks: UserWarning: a &lt;b&gt;bold&lt;/b&gt; one") == 1
+    assert "phase B: step 3: memory ended" in entry and "none recorded" not in entry
+
+
 def test_a_commit_takes_the_session_and_nothing_else(run):
     root = run.parents[1]
     (root / "mine.txt").write_text("not yet")
