@@ -110,6 +110,8 @@ def kernel_environment(threads: int, log: Path) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(threads),
+        "OMP_DYNAMIC": "FALSE",  # fewer threads under load would sum in another order
+        "MKL_DYNAMIC": "FALSE",
         "PYTHONHASHSEED": "0",
         "ELSON_KERNEL_LOG": str(log),
     }
